@@ -1,0 +1,38 @@
+"""What every test shares: the import path, quiet single-threaded children, and the two kinds of test that are opt-in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+# First, so that `tests` is this folder and not a package of that name that somebody installed.
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from tests.ranks import QUIET  # noqa: E402
+
+# Before torch is imported: thread pools are sized then. Explicit settings of the caller win.
+for _key, _value in QUIET.items():
+    os.environ.setdefault(_key, _value)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="also run the tests marked campaign (long)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--campaign"):
+        for item in items:
+            if item.get_closest_marker("campaign"):
+                item.add_marker(pytest.mark.skip(reason="campaign: runs with --campaign"))
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needs_gpu:
+                item.add_marker(pytest.mark.skip(reason="gpu: no CUDA or ROCm device here"))

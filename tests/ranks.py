@@ -1,0 +1,280 @@
+"""Real ranks for tests: functions in forked processes joined by gloo, and commands under torchrun.
+
+    from tests.ranks import run_ranks
+
+    def halve(rank: int, world: int, x: float) -> float:      # top level, so that it can be pickled by name
+        ...
+    results = run_ranks(halve, 4, 3.0)                          # [rank 0's result, rank 1's result, ...]
+
+Importing torch takes two seconds, a test of two ranks should not. So each rank is forked from a template process that has the
+imports behind it and nothing else: no process group, no thread pool, no test module (either would not survive a fork, or
+would carry state from one test to the next). There is one template per set of `preload` modules, started on first use.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor.parallel",
+    "pydantic",
+    "yaml",
+)
+QUIET = {  # for every child: one thread per rank (two cores, several ranks), loopback only, no chatter
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Died:
+    """The result of a rank named in `may_die` that ended without returning; exitcode is -9 after a kill -9."""
+
+    exitcode: int
+
+
+class RanksFailed(AssertionError):
+    """At least one rank raised, died or ran out of time. The text holds each one's traceback."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    payload: bytes  # pickled (function, args); opened in the ranks only, so that the template stays clean
+    world: int
+    timeout: float
+    may_die: tuple[int, ...]
+    environment: dict[str, str]
+    sys_path: list[str]
+    directory: str
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout: float = 120,
+    may_die: Collection[int] = (),
+    preload: Sequence[str] = (),
+) -> list[Any]:
+    """Call `function(rank, world, *args)` in `world` processes with a gloo process group; return their results by rank.
+
+    function: importable by name. args and results must pickle (tensors do; DTensors do not: return `.full_tensor()`).
+    timeout: seconds for the whole run. Past it every rank's stack is printed in the error and all are ended.
+    may_die: ranks that the test kills on purpose. Such a rank yields `Died`, and the others are left to finish.
+    preload: further modules to have imported before the fork, e.g. ("deepspeed",); they get a template of their own.
+    Raises RanksFailed. The environment of the calling process at this moment is what the ranks see.
+    """
+    if world < 1:
+        raise ValueError(f"world must be at least 1, got {world}")
+    template = _template(tuple(preload))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
+        template.send(
+            _Job(
+                payload=pickle.dumps((function, args)),
+                world=world,
+                timeout=timeout,
+                may_die=tuple(may_die),
+                environment={**os.environ, **{k: os.environ.get(k, v) for k, v in QUIET.items()}},
+                sys_path=sys.path,
+                directory=directory,
+            )
+        )
+        outcomes, failure = template.recv()
+    if failure:
+        raise RanksFailed(failure)
+    return [o if isinstance(o, Died) else pickle.loads(o) for o in outcomes]
+
+
+def launch(
+    argv: Sequence[str | os.PathLike[str]],
+    nproc: int | None = 1,
+    *,
+    env: dict[str, str] | None = None,
+    timeout: float = 120,
+    cwd: str | os.PathLike[str] = ROOT,
+) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun --standalone --nproc-per-node nproc argv...` from the repository root, or `python argv...` for nproc=None.
+
+    Returns the finished process (returncode, stdout, stderr as text). On timeout, ends the launcher and its workers and raises
+    subprocess.TimeoutExpired with what they had printed.
+    """
+    command = [sys.executable]
+    if nproc is not None:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command += [os.fspath(a) for a in argv]
+    environment = {**QUIET, **os.environ, **(env or {})}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers, which may have sessions of their own, when asked politely
+        try:
+            out, err = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+        raise subprocess.TimeoutExpired(command, timeout, out, err) from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def free_port() -> int:
+    """A TCP port that was free on 127.0.0.1 a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+# ---------------------------------------------------------------------------------------------------- the template process
+
+_templates: dict[tuple[str, ...], Connection] = {}
+
+
+def _template(preload: tuple[str, ...]) -> Connection:
+    if preload not in _templates:
+        ours, theirs = multiprocessing.Pipe()
+        before = {k: os.environ.get(k) for k in QUIET}
+        os.environ.update({k: v for k, v in QUIET.items() if before[k] is None})  # thread pools are sized at import
+        try:
+            process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, PRELOAD + preload))
+            process.start()
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    os.environ.pop(key, None)
+        theirs.close()
+        _templates[preload] = ours
+        # multiprocessing joins its children at exit; closing our end first is what lets this one leave.
+        atexit.register(ours.close)
+    return _templates[preload]
+
+
+def _serve(calls: Connection, preload: Sequence[str]) -> None:
+    for name in preload:
+        importlib.import_module(name)
+    while True:
+        try:
+            job = calls.recv()
+        except EOFError:
+            return
+        calls.send(_run(calls, job))
+
+
+def _run(calls: Connection, job: _Job) -> tuple[list[Any], str]:
+    """Fork the ranks, gather what they send, and end those that are left. Returns (results, failure text)."""
+    fork = multiprocessing.get_context("fork")
+    processes, pipes = [], []
+    for rank in range(job.world):
+        receive, send = fork.Pipe(duplex=False)
+        process = fork.Process(target=_rank, args=(rank, job, send, calls), name=f"rank {rank}")
+        process.start()
+        send.close()
+        processes.append(process)
+        pipes.append(receive)
+    outcomes: list[Any] = [None] * job.world
+    failures: list[str] = []
+    pending = set(range(job.world))
+    deadline = time.monotonic() + job.timeout
+    while pending and (left := deadline - time.monotonic()) > 0:
+        ready = wait([calls, *(pipes[r] for r in pending)], left)
+        if calls in ready:  # only end of file can come now: the test process is gone
+            break
+        for rank in [r for r in pending if pipes[r] in ready]:
+            pending.discard(rank)
+            try:
+                good, value = pipes[rank].recv()
+            except EOFError:
+                processes[rank].join()
+                good, value = rank in job.may_die, f"died with exit code {processes[rank].exitcode}"
+                outcomes[rank] = Died(processes[rank].exitcode or 0)
+            else:
+                outcomes[rank] = value
+            if not good:
+                failures.append(f"rank {rank} of {job.world}: {value}")
+                # The others usually fail in its wake; a moment's grace shows how, after the cause.
+                deadline = min(deadline, time.monotonic() + 0.5)
+    if pending and not failures:
+        for rank in pending:
+            os.kill(processes[rank].pid or 0, signal.SIGUSR2)
+        time.sleep(0.5)
+        for rank in sorted(pending):
+            stack = (
+                Path(job.directory, f"stack{rank}").read_text() if Path(job.directory, f"stack{rank}").exists() else ""
+            )
+            failures.append(f"rank {rank} of {job.world}: not done after {job.timeout} s\n{stack}")
+    for rank in pending:
+        processes[rank].kill()
+    for process in processes:
+        process.join()
+    for pipe in pipes:
+        pipe.close()
+    return outcomes, "\n".join(failures)
+
+
+def _rank(rank: int, job: _Job, send: Connection, calls: Connection) -> None:
+    calls.close()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the template
+    os.environ.clear()
+    os.environ.update(job.environment)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world), LOCAL_WORLD_SIZE=str(job.world))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    sys.path[:] = job.sys_path
+    stacks = Path(job.directory, f"stack{rank}").open("w")  # noqa: SIM115  open as long as the process lives
+    faulthandler.register(signal.SIGUSR2, file=stacks)
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        store = dist.FileStore(os.path.join(job.directory, "store"), job.world)  # noqa: PTH118
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=job.world, timeout=timedelta(seconds=job.timeout)
+        )
+        function, args = pickle.loads(job.payload)
+        result = pickle.dumps(function(rank, job.world, *args))
+    except BaseException:
+        send.send((False, traceback.format_exc()))
+    else:
+        send.send((True, result))
+        if dist.is_initialized():
+            dist.destroy_process_group()
