@@ -1,0 +1,92 @@
+"""The routed feed-forward of a dropless mixture of experts, given the routing decisions.
+
+    y_n = sum_j scores[n, j] * (act(x_n G_e) * (x_n U_e)) D_e      with e = indices[n, j]
+
+Source: Shazeer et al. 2017 (1701.06538); dropless: Gale et al. 2022 (2211.15841); gated units: Shazeer 2020
+(2002.05202).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Form, Request, choose
+from kernels.experts.activations import ACTIVATIONS
+
+__all__ = ["ACTIVATIONS", "FORMS", "experts", "load"]
+
+FORMS = (
+    Form("chunked", "kernels.experts.chunked", "experts"),
+    Form("reference", "kernels.experts.reference", "experts"),
+)
+
+
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    indices: Tensor,
+    scores: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """Each token through the experts chosen for it; no token is dropped, no expert is padded.
+
+    Args:
+        x: [N, D] tokens. Its dtype is the dtype of the matrix products, whatever autocast says.
+        gate_up: [E, D, 2F], gate columns first, then up. Cast to x's dtype inside; its gradient comes back in its own.
+        down: [E, F, D], likewise.
+        indices: int64 [N, k], the expert of each choice, 0 <= indices < E; the same expert may be chosen twice.
+        scores: [N, k] combine weights, fp32 in training; differentiable.
+        activation: of the gate, one of ACTIVATIONS.
+
+    Returns y [N, D] in x's dtype. Deterministic: the order of every sum depends on the arguments only.
+
+    Raises ValueError for shapes, dtypes or indices that do not fit, naming the argument.
+    """
+    _check(x, gate_up, down, indices, scores, activation)
+    N, D = x.shape
+    E, F, _ = down.shape
+    request = Request(
+        op="experts",
+        device=x.device,
+        dtype=x.dtype,
+        shape={"N": N, "D": D, "E": E, "F": F, "k": indices.shape[1]},
+        options={"activation": activation},
+    )
+    form = choose(FORMS, request).load()
+    with torch.autocast(x.device.type, enabled=False):
+        return form(x, gate_up, down, indices, scores, activation=activation)
+
+
+def load(indices: Tensor, experts: int) -> Tensor:
+    """int64 [experts]: how many choices fell on each expert. indices: int64 of any shape, 0 <= indices < experts."""
+    return torch.bincount(indices.reshape(-1), minlength=experts)
+
+
+def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be floating point [N, D] (flatten batch and time first), got {x.dtype} {tuple(x.shape)}"
+        )
+    if down.dim() != 3 or down.shape[2] != x.shape[1]:
+        raise ValueError(f"down must be [E, F, D] with D = {x.shape[1]} as in x, got {tuple(down.shape)}")
+    E, F, D = down.shape
+    if gate_up.shape != (E, D, 2 * F):
+        raise ValueError(f"gate_up must be [E, D, 2F] = {(E, D, 2 * F)} to fit down, got {tuple(gate_up.shape)}")
+    if indices.dim() != 2 or indices.shape[0] != x.shape[0] or indices.dtype != torch.int64:
+        raise ValueError(
+            f"indices must be int64 [N, k] with N = {x.shape[0]}, got {indices.dtype} {tuple(indices.shape)}"
+        )
+    if scores.shape != indices.shape or not scores.is_floating_point():
+        raise ValueError(
+            f"scores must be floating point {tuple(indices.shape)} as indices, got {scores.dtype} {tuple(scores.shape)}"
+        )
+    # The values are read on the CPU only: reading them on a GPU would stall it.
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = (int(i) for i in indices.aminmax())
+        if low < 0 or high >= E:
+            raise ValueError(f"indices must lie in 0..{E - 1} (there are {E} experts), got {low if low < 0 else high}")
