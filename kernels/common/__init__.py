@@ -1,0 +1,1 @@
+"""Pieces that several operators' Triton forms share: chunk tables, triangular inverses, launch helpers."""
