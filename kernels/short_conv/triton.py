@@ -77,7 +77,7 @@ def short_convolution_triton(
 
 
 def _sequence_of_token(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-    """int32 [T]: number of the sequence of each packed token. Empty ones have no token, hence right=True on the ends."""
+    """int32 [T]: the sequence of each packed token. Empty ones have no token, hence right=True on the ends."""
     if cu_seqlens is None:
         return None
     tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
