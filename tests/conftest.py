@@ -1,4 +1,4 @@
-"""What every test shares: the import path, quiet single-threaded children, and the two kinds of test that are opt-in."""
+"""What every test shares: the import path, quiet single-threaded children, and the two opt-in kinds of test."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@
         ...
     results = run_ranks(halve, 4, 3.0)                          # [rank 0's result, rank 1's result, ...]
 
-Importing torch takes two seconds, a test of two ranks should not. So each rank is forked from a template process that has the
-imports behind it and nothing else: no process group, no thread pool, no test module (either would not survive a fork, or
-would carry state from one test to the next). There is one template per set of `preload` modules, started on first use.
+Importing torch takes two seconds, a test of two ranks should not. So each rank is forked from a template process that
+has the imports behind it and nothing else: no process group, no thread pool, no test module (these would not survive a
+fork, or would carry state from one test to the next). There is one template per set of `preload` modules, started on
+first use.
 """
 
 from __future__ import annotations
@@ -122,10 +123,10 @@ def launch(
     timeout: float = 120,
     cwd: str | os.PathLike[str] = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `torchrun --standalone --nproc-per-node nproc argv...` from the repository root, or `python argv...` for nproc=None.
+    """Run `torchrun --standalone --nproc-per-node N argv...` from the repository root; nproc=None: `python argv`.
 
-    Returns the finished process (returncode, stdout, stderr as text). On timeout, ends the launcher and its workers and raises
-    subprocess.TimeoutExpired with what they had printed.
+    Returns the finished process (returncode, stdout, stderr as text). On timeout, ends the launcher and its workers and
+    raises subprocess.TimeoutExpired with what they had printed.
     """
     command = [sys.executable]
     if nproc is not None:
@@ -162,7 +163,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-# ---------------------------------------------------------------------------------------------------- the template process
+# ------------------------------------------------------------------------------------------ the template process
 
 _templates: dict[tuple[str, ...], Connection] = {}
 

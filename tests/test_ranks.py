@@ -1,4 +1,4 @@
-"""The helper that runs ranks must itself be trusted: results in order, errors with their traceback, nobody left behind."""
+"""The helper that runs ranks must itself be trusted: results in order, errors with traceback, nobody left behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def die(rank: int, world: int) -> int:
 def threads(rank: int, world: int) -> tuple[int, int]:
     import torch
 
-    return len(os.listdir(f"/proc/{os.getppid()}/task")), torch.get_num_threads()
+    return len(list(Path(f"/proc/{os.getppid()}/task").iterdir())), torch.get_num_threads()
 
 
 def test_results_come_in_rank_order_and_the_environment_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_results_come_in_rank_order_and_the_environment_is_current(monkeypatch: 
 
 def test_failing_rank_is_reported_and_the_others_are_ended(tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(RanksFailed, match="(?s)^rank 1 of 2.*the cause") as caught:
+    with pytest.raises(RanksFailed, match=r"(?s)^rank 1 of 2.*the cause") as caught:
         run_ranks(fail_on_one, 2, str(tmp_path))
     assert "fail_on_one" in str(caught.value)  # the traceback, not only the message
     assert time.monotonic() - start < 50
