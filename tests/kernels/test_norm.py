@@ -1,0 +1,126 @@
+"""The norms: fast form against the definition and torch's own, gradients, extremes, blocks of rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.norm import chunked, gated_rms_norm, l2_norm, reference, rms_norm
+
+GATES = [(activation, first) for activation in ("silu", "sigmoid") for first in (True, False)]
+
+
+def inputs(shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return draw(*shape), draw(*shape), draw(shape[-1])
+
+
+def values_and_gradients(function, leaves):
+    y = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+def assert_same(ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(params=[None, 40], ids=["one block", "many blocks"])
+def block(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", request.param)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 5, 8), (11, 1), (5,)])
+def test_chunked_is_the_definition(shape, dtype, tolerance, block):
+    x, gate, weight = inputs(shape, dtype)
+    pairs = [
+        (chunked.rms_norm_chunked, reference.rms_norm_reference, (x, weight), {}),
+        (chunked.l2_norm_chunked, reference.l2_norm_reference, (x,), {}),
+    ]
+    for activation, norm_first in GATES:
+        options = {"eps": 1e-5, "activation": activation, "norm_first": norm_first}
+        pairs.append((chunked.gated_rms_norm_chunked, reference.gated_rms_norm_reference, (x, gate, weight), options))
+    for ours, theirs, leaves, options in pairs:
+        a = values_and_gradients(lambda *t, f=ours, o=options: f(*t, **o), leaves)
+        b = values_and_gradients(lambda *t, f=theirs, o=options: f(*t, **o), leaves)
+        assert_same(a, b, tolerance)
+
+
+def test_against_torch():
+    x, gate, weight = inputs((9, 24))
+    assert_same([rms_norm(x, weight, 1e-5)], [F.rms_norm(x, (24,), weight, 1e-5)], 1e-12)
+    assert_same([l2_norm(x, 0.0)], [F.normalize(x, dim=-1)], 1e-12)
+    assert_same([gated_rms_norm(x, gate, weight)], [F.rms_norm(x, (24,), weight, 1e-6) * F.silu(gate)], 1e-12)
+    mamba2 = gated_rms_norm(x, gate, weight, norm_first=False)
+    assert_same([mamba2], [F.rms_norm(x * F.silu(gate), (24,), weight, 1e-6)], 1e-12)
+
+
+@pytest.mark.parametrize("activation, norm_first", GATES)
+def test_gradcheck(activation, norm_first, block):
+    def run(*t):
+        return gated_rms_norm(*t, activation=activation, norm_first=norm_first)
+
+    x, gate, weight = inputs((3, 4))
+    assert torch.autograd.gradcheck(run, (x, gate, weight))
+    assert torch.autograd.gradcheck(rms_norm, (x, weight))
+    assert torch.autograd.gradcheck(l2_norm, (x,))
+
+
+def test_zero_and_huge_rows_stay_finite():
+    x = torch.stack([torch.zeros(8), torch.full((8,), 1e15), torch.full((8,), 1e-20)]).requires_grad_()
+    weight = torch.ones(8, requires_grad=True)
+    for y in (rms_norm(x, weight), l2_norm(x)):
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert y.isfinite().all() and dx.isfinite().all()
+        assert torch.equal(y[0], torch.zeros(8))
+    torch.testing.assert_close(l2_norm(x)[1].norm(), torch.tensor(1.0))
+
+
+def test_bf16_rounds_once():
+    """Statistics in fp32: the only error is the rounding of the result, at most half a unit in the last of 8 bits."""
+    x, gate, weight = inputs((64, 48), torch.bfloat16)
+    for norm_first in (True, False):
+        y = gated_rms_norm(x, gate, weight, norm_first=norm_first)
+        exact = reference.gated_rms_norm_reference(x.double(), gate.double(), weight.double(), norm_first=norm_first)
+        assert y.dtype == torch.bfloat16
+        assert ((y.double() - exact).abs() <= exact.abs() * 2**-8).all()
+    ours = values_and_gradients(rms_norm, (x, weight))
+    exact = values_and_gradients(
+        reference.rms_norm_reference, [t.detach().double().requires_grad_() for t in (x, weight)]
+    )
+    for a, b in zip(ours, exact):
+        assert (a.double() - b).norm() / b.norm() < 4e-3
+
+
+def test_mixed_dtypes_strides_empty_and_autocast():
+    x, _, weight = inputs((6, 8), torch.float32)
+    assert rms_norm(x.bfloat16(), weight).dtype == torch.bfloat16
+    wide = torch.randn(6, 24)
+    assert_same([rms_norm(wide[:, 8:16], weight)], [rms_norm(wide[:, 8:16].contiguous(), weight)], 0)
+    assert rms_norm(torch.empty(0, 8), weight).shape == (0, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = rms_norm(x, weight)
+    assert cast.dtype == torch.float32 and torch.equal(cast, rms_norm(x, weight))
+
+
+@pytest.mark.parametrize(
+    "call, word",
+    [
+        (lambda: rms_norm(torch.zeros(2, 3), torch.ones(4)), "weight"),
+        (lambda: rms_norm(torch.zeros(2, 3, dtype=torch.int32), torch.ones(3)), "x must"),
+        (lambda: l2_norm(torch.zeros(2, 3), eps=-1.0), "eps"),
+        (lambda: gated_rms_norm(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(3)), "gate"),
+        (lambda: gated_rms_norm(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3), activation="relu"), "activation"),
+    ],
+)
+def test_mistakes_are_named(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
