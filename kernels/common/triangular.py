@@ -2,9 +2,9 @@
 
     inverse [[A, 0], [B, D]] = [[A', 0], [-D' B A', D']]    with A' = inverse A, D' = inverse D
 
-With X = blockdiag(A', D') the right-hand side is X - X B X, so one level costs two products and inverts all pairs of blocks
-of the tile at once. Unlike the Neumann product (I - L)(I + L^2)(I + L^4)..., whose powers grow like binomial coefficients
-when keys are correlated and then cancel, every term here is a true inverse and stays bounded.
+With X = blockdiag(A', D') the right-hand side is X - X B X, so one level costs two products and inverts all pairs of
+blocks of the tile at once. Unlike the Neumann product (I - L)(I + L^2)(I + L^4)..., whose powers grow like binomial
+coefficients when keys are correlated and then cancel, every term here is a true inverse and stays bounded.
 Blocks up to 16 x 16 are handled as a batch of tiles, which is the shape of one matrix instruction per warp.
 """
 

@@ -1,6 +1,7 @@
 """The delta rule as fused Triton kernels, forward and backward, on NVIDIA and AMD GPUs.
 
-Forward: one kernel for what lies inside a chunk, one for the walk of the state over the chunks, which writes the output.
+Forward: one kernel for what lies inside a chunk, one for the walk of the state over the chunks, which writes the
+output.
 Backward: the walk once more, keeping the states; the reverse walk; one kernel for the gradients inside a chunk.
 The formulas stand at the kernels. Operands of matrix products have the inputs' dtype; gates, sums, exponentials, the
 triangular inverse, accumulators and carried states are fp32.
