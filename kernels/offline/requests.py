@@ -1,0 +1,191 @@
+"""The representative calls of every operator that has a Triton form.
+
+What decides the code that is compiled: gate kind, head dimensions, dtype, packed or dense, and whether sizes are
+multiples of 16 (Triton specialises on that). Lengths and head counts do not, so they are small here; nothing runs
+anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SHORT = {BF16: "bf16", FP32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public operator, forward and backward.
+
+    run: makes the tensors and returns (differentiable outputs, inputs that want gradients).
+    required: False where the Triton form may decline, for instance a head dimension of 256.
+    """
+
+    op: str
+    name: str
+    run: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
+    required: bool = True
+
+    def __call__(self) -> None:
+        outputs, inputs = self.run()
+        # Contiguous gradients, as a model gives them: those of .sum() would have stride 0.
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
+
+
+def leaf(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype).requires_grad_()
+
+
+def offsets(T: int) -> Tensor:
+    """Three packed sequences, the first not a multiple of any chunk."""
+    return torch.tensor([0, 37, T // 2, T], dtype=torch.int32)
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _gate(kind: str, B: int, T: int, H: int, K: int) -> Tensor | None:
+    return {"none": lambda: None, "head": lambda: leaf(B, T, H), "channel": lambda: leaf(B, T, H, K)}[kind]()
+
+
+def _delta_rule(
+    gate: str, K: int, V: int, dtype: torch.dtype, *, T: int = 256, H: int = 16, HV: int = 16, packed: bool = False
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.delta_rule import delta_rule
+
+        B = 1 if packed else 2
+        q, k, v = leaf(B, T, H, K, dtype=dtype), leaf(B, T, H, K, dtype=dtype), leaf(B, T, HV, V, dtype=dtype)
+        beta, g = leaf(B, T, HV), _gate(gate, B, T, HV, K)
+        state = leaf(3, HV, K, V) if packed else None
+        o, final = delta_rule(
+            q,
+            k,
+            v,
+            beta,
+            g,
+            initial_state=state,
+            output_final_state=packed,
+            cu_seqlens=offsets(T) if packed else None,
+            normalize_qk=not packed,
+        )
+        return _present(o, final), _present(q, k, v, beta, g, state)
+
+    return Case("delta_rule", _label(gate, K, V, dtype, packed, T, HV // H), run, required=max(K, V) <= 128)
+
+
+def _gated_linear_attention(
+    gate: str, K: int, V: int, dtype: torch.dtype, *, T: int = 256, H: int = 16, packed: bool = False
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.gated_linear_attention import gated_linear_attention
+
+        B = 1 if packed else 2
+        q, k, v = leaf(B, T, H, K, dtype=dtype), leaf(B, T, H, K, dtype=dtype), leaf(B, T, H, V, dtype=dtype)
+        g = _gate(gate, B, T, H, K)
+        state = leaf(3, H, K, V) if packed else None
+        o, final = gated_linear_attention(
+            q,
+            k,
+            v,
+            g,
+            initial_state=state,
+            output_final_state=packed,
+            cu_seqlens=offsets(T) if packed else None,
+        )
+        return _present(o, final), _present(q, k, v, g, state)
+
+    return Case("gated_linear_attention", _label(gate, K, V, dtype, packed, T, 1), run, required=max(K, V) <= 128)
+
+
+def _label(gate: str, K: int, V: int, dtype: torch.dtype, packed: bool, T: int, groups: int) -> str:
+    words = [f"g={gate}", f"K{K}", f"V{V}", SHORT[dtype]]
+    words += ["packed"] * packed + [f"T{T}"] * (T % 16 != 0) + [f"HV=H*{groups}"] * (groups > 1)
+    return " ".join(words)
+
+
+def _short_convolution(
+    D: int, W: int, dtype: torch.dtype, activation: str | None, *, bias: bool, packed: bool, T: int = 256
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.short_conv import short_convolution
+
+        B = 1 if packed else 2
+        x, weight = leaf(B, T, D, dtype=dtype), leaf(D, W, dtype=dtype)
+        b = leaf(D, dtype=dtype) if bias else None
+        state = leaf(3, D, W - 1, dtype=dtype) if packed else None
+        y, final = short_convolution(
+            x,
+            weight,
+            b,
+            activation=activation,
+            initial_state=state,
+            output_final_state=packed,
+            cu_seqlens=offsets(T) if packed else None,
+        )
+        return _present(y, final), _present(x, weight, b, state)
+
+    words = [f"D{D}", f"W{W}", SHORT[dtype], activation or "linear"] + ["packed"] * packed + [f"T{T}"] * (T % 16 != 0)
+    return Case("short_conv", " ".join(words), run)
+
+
+def _norm(function: str, D: int, dtype: torch.dtype, rows: int = 512, norm_first: bool = True) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels import norm
+
+        x = leaf(rows, D, dtype=dtype)
+        if function == "l2_norm":
+            return [norm.l2_norm(x, 1e-6)], [x]
+        weight = leaf(D)
+        if function == "rms_norm":
+            return [norm.rms_norm(x, weight, 1e-6)], [x, weight]
+        gate = leaf(rows, D, dtype=dtype)
+        y = norm.gated_rms_norm(x, gate, weight, 1e-6, activation="silu", norm_first=norm_first)
+        return [y], [x, gate, weight]
+
+    order = "" if function != "gated_rms_norm" or norm_first else " gate first"
+    return Case("norm", f"{function} D{D} {SHORT[dtype]}{order}", run)
+
+
+def cases(op: str) -> list[Case]:
+    """The calls that must compile for `op`, a folder of kernels/. Empty for an operator this file does not know."""
+    if op == "delta_rule":
+        gates = ("none", "head", "channel")
+        return [
+            *(_delta_rule(gate, D, D, BF16) for gate in gates for D in (64, 128, 256)),
+            *(_delta_rule(gate, 128, 128, BF16, packed=True) for gate in gates),
+            *(_delta_rule(gate, 64, 64, FP32) for gate in gates),
+            _delta_rule("head", 128, 128, FP32),
+            _delta_rule("head", 128, 256, BF16),
+            _delta_rule("head", 128, 128, BF16, HV=32),
+            _delta_rule("head", 64, 64, BF16, T=250, H=3, HV=3),
+        ]
+    if op == "gated_linear_attention":
+        gates = ("none", "head", "channel")
+        return [
+            *(_gated_linear_attention(gate, D, D, BF16) for gate in gates for D in (64, 128, 256)),
+            *(_gated_linear_attention(gate, 128, 128, BF16, packed=True) for gate in gates),
+            *(_gated_linear_attention(gate, 64, 64, FP32) for gate in gates),
+            _gated_linear_attention("channel", 128, 128, FP32),
+            _gated_linear_attention("channel", 64, 64, BF16, T=250, H=3),
+        ]
+    if op == "short_conv":
+        return [
+            _short_convolution(2048, 4, BF16, "silu", bias=False, packed=False),
+            _short_convolution(2048, 4, BF16, "silu", bias=True, packed=True),
+            _short_convolution(2048, 4, FP32, None, bias=True, packed=False),
+            _short_convolution(1000, 3, BF16, None, bias=False, packed=False, T=250),
+        ]
+    if op == "norm":
+        return [
+            *(_norm("rms_norm", D, dtype) for D in (128, 2048, 4096) for dtype in (BF16, FP32)),
+            *(_norm("l2_norm", D, BF16) for D in (64, 128)),
+            *(_norm("gated_rms_norm", D, BF16, norm_first=first) for D in (128, 2048) for first in (True, False)),
+            _norm("rms_norm", 1000, BF16, rows=250),
+        ]
+    return []

@@ -1,0 +1,213 @@
+"""One operator on one architecture: every representative request, then every row of the tuning table that none of
+them used."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+from kernels import dispatch, tuning
+from kernels.architecture import Architecture, facts
+from kernels.dispatch import Form, Request
+from kernels.offline import figures as reader
+from kernels.offline.figures import Figures
+from kernels.offline.requests import Case, cases
+from kernels.offline.trace import Launch, trace_call
+from kernels.offline.verdict import Problem, problems
+
+
+@dataclass
+class Result:
+    """One compiled kernel, or one thing that went wrong before there was a kernel."""
+
+    arch: str
+    op: str
+    case: str
+    kernel: str
+    options: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    grid: tuple[int, ...] | None = None
+    figures: Figures | None = None
+    problems: list[Problem] = field(default_factory=list)
+    note: str = ""
+    seconds: float = 0.0
+
+
+class Declined(Exception):
+    """The Triton form has an objection to a request."""
+
+
+def operators() -> list[str]:
+    """The operator folders in kernels/: those with an __init__ that names FORMS."""
+    found = []
+    for module in pkgutil.iter_modules(kernels.__path__):
+        path = Path(next(iter(kernels.__path__))) / module.name / "__init__.py"
+        if module.ispkg and path.exists() and "FORMS" in path.read_text():
+            found.append(module.name)
+    return found
+
+
+def triton_forms(op: str) -> list[Form]:
+    """The Triton forms that an operator names, also where it names several tuples of forms."""
+    module = importlib.import_module(f"kernels.{op}")
+    found: dict[tuple[str, str], Form] = {}
+    for name, value in vars(module).items():
+        if not name.endswith("FORMS"):
+            continue
+        groups = value.values() if isinstance(value, dict) else [value]
+        for group in groups:
+            for form in group if isinstance(group, tuple | list) else [group]:
+                if isinstance(form, Form) and form.name == "triton":
+                    found[(form.module, form.function)] = form
+    return [form for form in found.values() if importlib.util.find_spec(form.module) is not None]
+
+
+@contextlib.contextmanager
+def triton_chosen() -> Iterator[None]:
+    """Within this context every operator takes its Triton form, if that form would serve the request on a GPU.
+
+    The public function is called rather than the form, so that the form gets exactly the arguments that it gets in use.
+    """
+
+    def choose(forms: Any, request: Request) -> Form:
+        on_gpu = dataclasses.replace(request, device=torch.device("cuda"))
+        for form in forms:
+            if form.name == "triton":
+                objection = form.why_not(on_gpu)
+                if objection is not None:
+                    raise Declined(objection)
+                return form
+        raise Declined("no Triton form")
+
+    changed = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("kernels.") and name != "kernels.dispatch" and vars(module).get("choose") is dispatch.choose
+    ]
+    for module in changed:
+        module.choose = choose  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.choose = dispatch.choose  # type: ignore[attr-defined]
+
+
+def sweep(op: str, arch_name: str) -> tuple[list[Result], set[str]]:
+    """Compiles everything of one operator for one architecture, and judges it.
+
+    Returns the results, and the names under which kernels asked for launch parameters.
+    """
+    arch = facts(arch_name)
+    if not triton_forms(op):
+        return [Result(arch_name, op, "", "", note="no Triton form")], set()
+    requests = cases(op)
+    if not requests:
+        text = "has a Triton form but no representative requests: add them to kernels/offline/requests.py"
+        return [Result(arch_name, op, "", "", problems=[("request", f"{op} {text}")])], set()
+    results: list[Result] = []
+    lookups: list[tuple[Case, str, dict[str, Any]]] = []
+    seen: set[str] = set()
+    for case in requests:
+        with tuning.observe() as observed:
+            results += _compile(case, arch, seen)
+        lookups += [(case, kernel, keys) for kernel, keys, _ in observed]
+    return results + _rows(arch, lookups, seen), {kernel for _, kernel, _ in lookups}
+
+
+def _compile(case: Case, arch: Architecture, seen: set[str]) -> list[Result]:
+    trouble: Result | None = None
+
+    def call() -> None:
+        nonlocal trouble
+        try:
+            with triton_chosen():
+                case()
+        except Declined as declined:
+            trouble = Result(arch.name, case.op, case.name, "", note=f"declined: {declined}")
+            if case.required:
+                trouble.problems.append(("request", f"the Triton form declines: {declined}"))
+        except Exception as error:
+            trouble = Result(arch.name, case.op, case.name, "")
+            trouble.problems.append(("request", f"the call failed: {type(error).__name__}: {error}"))
+
+    launches = trace_call(arch, call).launches
+    if trouble is None and not launches:
+        trouble = Result(arch.name, case.op, case.name, "")
+        trouble.problems.append(("request", "the call launched no kernel"))
+    results = [judge(launch, arch, case.op, case.name) for launch in launches if _new(launch, seen)]
+    return results + ([trouble] if trouble is not None else [])
+
+
+def _new(launch: Launch, seen: set[str]) -> bool:
+    """Whether this binary was not judged before, for another request."""
+    if launch.compiled is None:
+        return True
+    known = launch.compiled.hash in seen
+    seen.add(launch.compiled.hash)
+    return not known
+
+
+def judge(launch: Launch, arch: Architecture, op: str, case: str) -> Result:
+    """The figures and faults of one compiled launch."""
+    result = Result(arch.name, op, case, launch.kernel, dict(launch.options), dict(launch.constants), launch.grid)
+    result.seconds = launch.seconds
+    if launch.error is not None:
+        result.problems.append(("compile", launch.error))
+    elif launch.compiled is None:
+        result.problems.append(("compile", "the compiler returned nothing"))
+    if launch.compiled is None:
+        return result
+    try:
+        result.figures = reader.read(launch.compiled, arch)
+    except reader.Unreadable as missing:
+        result.problems.append(("unreadable", f"cannot read {missing}"))
+        return result
+    except Exception as error:
+        result.problems.append(("unreadable", f"reading the figures failed: {type(error).__name__}: {error}"))
+        return result
+    result.problems += problems(result.figures, arch)
+    return result
+
+
+def _rows(arch: Architecture, lookups: list[tuple[Case, str, dict[str, Any]]], seen: set[str]) -> list[Result]:
+    """Rows of the tuning table that no request selected, for instance because they are for long sequences.
+
+    Each is forced upon a request whose equalities fit it. A row that fits none is a fault: nobody knows what it
+    compiles to.
+    """
+    results: list[Result] = []
+    asked = {kernel for _, kernel, _ in lookups}
+    for kernel, entry in tuning.read(arch.name).items():
+        if kernel not in asked:
+            continue
+        used = [entry.best(keys) for _, name, keys in lookups if name == kernel]
+        for number, row in enumerate(entry.rows):
+            if any(row is other for other in used):
+                continue
+            fitting = next((c for c, name, keys in lookups if name == kernel and row.applies(keys, bounds=False)), None)
+            if fitting is None:
+                text = f"row {number} of {kernel} in {arch.name}.json fits no representative request: {dict(row.when)}"
+                results.append(Result(arch.name, "", "", kernel, problems=[("row", text)]))
+                continue
+            with tuning.override({kernel: row.use}):
+                results += _compile(dataclasses.replace(fitting, name=f"{fitting.name}, row {number}"), arch, seen)
+    return results
+
+
+def unknown_kernels(arch_name: str, asked: set[str]) -> list[Result]:
+    """Kernels in the tuning table that no request asked for: misspelt, or gone."""
+    return [
+        Result(arch_name, "", "", name, problems=[("row", f"{arch_name}.json has {name}, which no kernel asks for")])
+        for name in sorted(set(tuning.read(arch_name)) - asked)
+    ]
