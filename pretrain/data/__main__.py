@@ -1,0 +1,129 @@
+"""`python -m pretrain.data`: prepare and inspect a corpus. Heavy imports happen inside the commands, so --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from typing import Any
+
+from pretrain.data.errors import DataError, PrepareFailure, UsageError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m pretrain.data", description="Turn text into tokens, and look at them."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="prepare|inspect")
+
+    p = commands.add_parser(
+        "prepare",
+        help="text -> tokenizer, .bin/.idx, manifest",
+        description="Read text, train or take a tokenizer, write training and validation tokens in Megatron's format.",
+        epilog="example: python -m pretrain.data prepare --input '/usr/lib/python3*/**/*.py' --output data/python",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="GLOB",
+        help="files to read; may be repeated; ** crosses folders",
+    )
+    p.add_argument("--output", required=True, metavar="FOLDER", help="where to write; appears only when complete")
+    p.add_argument(
+        "--format",
+        default="auto",
+        choices=["auto", "text", "jsonl", "parquet"],
+        help="auto goes by the suffix of each file",
+    )
+    p.add_argument(
+        "--text-field", default="text", metavar="NAME", help="column of jsonl and parquet that holds the text"
+    )
+    p.add_argument("--vocabulary", type=int, default=4096, metavar="N", help="token ids of the tokenizer to train")
+    p.add_argument(
+        "--tokenizer", default=None, metavar="PATH", help="use this SentencePiece .model instead of training one"
+    )
+    p.add_argument(
+        "--validation",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the documents to hold out, chosen by content",
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that encode (the output does not depend on it)",
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="fixes the split and the sample")
+    p.add_argument(
+        "--limit-bytes",
+        type=int,
+        default=None,
+        metavar="N",
+        help="stop after this much text, taken from files in shuffled order",
+    )
+    p.add_argument("--sample-bytes", type=int, default=32_000_000, metavar="N", help="text to train the tokenizer on")
+    p.add_argument(
+        "--document-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cut longer documents at line breaks; 0 keeps them whole",
+    )
+    p.add_argument(
+        "--on-bad", default="error", choices=["error", "skip"], help="what to do with unreadable files and rows"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace a folder that prepare wrote before")
+
+    i = commands.add_parser(
+        "inspect",
+        help="show what a corpus holds",
+        description="Tables of a prepared folder or of a bare Megatron prefix, and samples as training would see them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    i.add_argument("path", metavar="FOLDER", help="folder written by prepare, or the prefix of a .bin/.idx pair")
+    i.add_argument("--documents", type=int, default=0, metavar="N", help="show the beginning of N documents")
+    i.add_argument("--samples", type=int, default=2, metavar="N", help="show N packed training sequences")
+    i.add_argument("--sequence-length", type=int, default=256, metavar="T", help="tokens per packed sequence")
+    i.add_argument("--seed", type=int, default=0, metavar="N", help="order of the sequences")
+    i.add_argument("--tokenizer", default=None, metavar="PATH", help="SentencePiece .model, for a bare prefix")
+    i.add_argument("--verify", action="store_true", help="read everything: hashes, every token id, byte counts")
+    return top
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code (0 done, 1 failed, 2 usage, 77 corrupt or missing data)."""
+    args = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if args.command == "prepare":
+            from pretrain.data.report import run_prepare
+
+            run_prepare(args)
+        else:
+            from pretrain.data.inspect import run_inspect
+
+            run_inspect(args)
+    except (DataError, UsageError, PrepareFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left behind. Run the same command to start again", file=sys.stderr)
+        return PrepareFailure.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""One split of a prepared corpus, or a bare Megatron prefix, opened for reading after its files have been checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretrain.data import manifest as manifests
+from pretrain.data.errors import DataError, UsageError
+from pretrain.data.index import REPAIR, check_size, read_index
+from pretrain.data.megatron import indexed_dataset
+from pretrain.data.tokenizer import Tokenizer
+
+
+class Corpus:
+    """Documents of token ids in a memory-mapped `.bin`, read through megatron-core's IndexedDataset.
+
+    prefix: path without `.bin`/`.idx`. lengths: int64 [documents]. tokens: their sum. vocabulary_size: None if a bare prefix was
+    opened without one. token_bytes: int32 [vocabulary], bytes of text per token (0 for bos and eos), or None. fingerprint: names the
+    content, so that a checkpoint can refuse another corpus. manifest: None for a bare prefix. `dataset` is megatron-core's object.
+    """
+
+    def __init__(
+        self,
+        prefix: Path,
+        *,
+        vocabulary_size: int | None = None,
+        token_bytes: torch.Tensor | None = None,
+        tokenizer_path: Path | None = None,
+        eos: int | None = None,
+        manifest: manifests.Manifest | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        header, self.lengths, self._offsets = read_index(prefix)
+        self.prefix = prefix
+        self.dtype = header.dtype
+        self.tokens = int(self.lengths.sum())
+        self.vocabulary_size = vocabulary_size
+        self.token_bytes = token_bytes
+        self.tokenizer_path = tokenizer_path
+        self.eos = eos
+        self.manifest = manifest
+        self.fingerprint = fingerprint or manifests.fingerprint(prefix)
+        self.dataset = indexed_dataset().IndexedDataset(str(prefix), mmap=True)
+
+    @staticmethod
+    def open(
+        path: str | Path,
+        split: str = "train",
+        *,
+        vocabulary_size: int | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> Corpus:
+        """Opens a folder written by `prepare` (then `split` is "train" or "validation") or a bare Megatron prefix (`split` is ignored).
+
+        vocabulary_size, tokenizer: for a bare prefix only; without them ids are not checked and bytes not counted.
+        Raises DataError (missing, truncated or inconsistent files) or ValueError (a split that was not prepared).
+        """
+        path = Path(path)
+        if path.is_dir():
+            return _open_prepared(path, split)
+        if not path.with_name(path.name + ".idx").exists() and not path.with_name(path.name + ".bin").exists():
+            raise DataError(
+                f"{path} is neither a prepared folder nor the prefix of a .bin/.idx pair; "
+                f"prepare one with `python -m pretrain.data prepare --input 'GLOB' --output {path}`"
+            )
+        if tokenizer is None:
+            return Corpus(path, vocabulary_size=vocabulary_size)
+        opened = Tokenizer(tokenizer)
+        return Corpus(
+            path,
+            vocabulary_size=vocabulary_size or opened.vocabulary_size,
+            token_bytes=torch.from_numpy(opened.token_bytes),
+            tokenizer_path=Path(tokenizer),
+            eos=opened.eos,
+        )
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    @property
+    def bin_path(self) -> Path:
+        """The `.bin` file."""
+        return self.prefix.with_name(self.prefix.name + ".bin")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the corpus was written with. Raises ValueError for a bare prefix opened without one."""
+        if self.tokenizer_path is None:
+            raise UsageError(f"{self.prefix} has no tokenizer beside it; give its .model file with `tokenizer`")
+        return Tokenizer(self.tokenizer_path)
+
+    def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """`length` token ids (all that follow, if None) of a document from token `start` on, in the file's dtype.
+
+        Raises DataError, naming file and byte, for an id outside the vocabulary.
+        """
+        size = int(self.lengths[document]) - start if length is None else length
+        assert start >= 0 and size >= 0 and start + size <= self.lengths[document], "span outside the document"
+        offset = int(self._offsets[document]) + start * self.dtype.itemsize
+        ids = self.dataset.bin_reader.read(dtype=self.dtype.type, count=size, offset=offset)
+        self.check_ids(ids, offset)
+        return ids
+
+    def check_ids(self, ids: np.ndarray, offset: int) -> None:
+        """Raises DataError if any of `ids`, read from byte `offset` of the `.bin`, is outside the vocabulary."""
+        if self.vocabulary_size is None or ids.size == 0:
+            return
+        if int(ids.max()) < self.vocabulary_size and int(ids.min()) >= 0:
+            return
+        first = int(np.argmax((ids >= self.vocabulary_size) | (ids < 0)))
+        raise DataError(
+            f"{self.bin_path}: token id {int(ids[first])} at byte {offset + first * self.dtype.itemsize} is outside the vocabulary "
+            f"of {self.vocabulary_size}; if the file is damaged {REPAIR}; if it was written with another tokenizer, use that one"
+        )
+
+
+def _open_prepared(folder: Path, split: str) -> Corpus:
+    manifest = manifests.read(folder)
+    if split not in manifest.splits:
+        raise UsageError(
+            f"{folder} has no {split!r} split (it has {', '.join(sorted(manifest.splits))}); "
+            f"prepare it again with `--validation 0.05 --overwrite`"
+        )
+    for name in (f"{split}.bin", f"{split}.idx", "tokenizer.model", "token_bytes.npy"):
+        check_size(folder / name, manifest.files[name].bytes, f"{manifests.NAME} in the same folder")
+    table = np.load(folder / "token_bytes.npy")
+    corpus = Corpus(
+        folder / split,
+        vocabulary_size=manifest.tokenizer.vocabulary_size,
+        token_bytes=torch.from_numpy(table),
+        tokenizer_path=folder / "tokenizer.model",
+        eos=manifest.tokenizer.eos,
+        manifest=manifest,
+        fingerprint=manifest.files[f"{split}.bin"].xxh3_128,
+    )
+    stated = manifest.splits[split]
+    if (corpus.documents, corpus.tokens) != (stated.documents, stated.tokens):
+        raise DataError(
+            f"{corpus.prefix}.idx lists {corpus.documents} documents and {corpus.tokens} tokens, {manifests.NAME} says "
+            f"{stated.documents} and {stated.tokens}: the files are from different runs; {REPAIR}"
+        )
+    return corpus
