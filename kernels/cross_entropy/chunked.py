@@ -2,11 +2,16 @@
 
 With reduction "sum" or "mean" every token's upstream gradient is the same number, so the forward already knows the
 gradients up to that factor: it accumulates them while the logits are there, and the backward is a scaling. With "none"
-the forward keeps only the log of the partition function, and the backward computes the logits again.
+the forward keeps only losses, and the backward computes the logits again, each token's upstream gradient folded in.
+
+Two sizes of work: a chunk of tokens makes the matrix products efficient; within it the softmax walks a few rows at a time,
+so that its passes in fp32 stay in a core's cache.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(frozen=True)
-class _Options:
-    ignore_index: int
-    z_loss: float
-    label_smoothing: float
-    mean: bool
-    chunk: int
+CHUNK_LOGITS = 1 << 25  # logits held at a time (64 MiB in bf16) where a chunk of 256 to 1024 tokens allows it
+BLOCK_LOGITS = 1 << 18  # logits in fp32 at a time on a CPU: 1 MiB, half of a core's second-level cache
 
 
 def linear_cross_entropy(
@@ -37,144 +36,174 @@ def linear_cross_entropy(
     chunk: int | None,
 ) -> Tensor:
     """The loss; see kernels.cross_entropy.linear_cross_entropy."""
-    options = _Options(
-        ignore_index, z_loss, label_smoothing, reduction == "mean", chunk or default_chunk(weight.shape[0])
-    )
+    head = _Head(ignore_index, z_loss, label_smoothing, chunk or default_chunk(x.shape[0], weight.shape[0]))
     if reduction == "none":
-        return _PerToken.apply(x, weight, bias, targets, options)
-    return _Reduced.apply(x, weight, bias, targets, options, torch.is_grad_enabled())
+        return _PerToken.apply(x, weight, bias, targets, head)
+    return _Reduced.apply(x, weight, bias, targets, head, reduction == "mean", torch.is_grad_enabled())
 
 
-def default_chunk(vocabulary: int) -> int:
-    """Tokens a chunk: about 4 Mi logits at a time, between 128 and 2048 tokens."""
-    return max(128, min(2048, (1 << 22) // vocabulary))
+def default_chunk(tokens: int, vocabulary: int) -> int:
+    """Tokens a chunk: 1024, fewer for vocabularies above 32768 but not below 256; all chunks of nearly one size."""
+    most = max(256, min(1024, CHUNK_LOGITS // vocabulary))
+    return max(1, math.ceil(tokens / math.ceil(max(tokens, 1) / most)))
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[C, vocabulary] in fp32 or wider; the product itself is in x's dtype."""
-    logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-    return logits if bias is None else logits.add_(bias)
-
-
-def _losses(logits: Tensor, targets: Tensor, kept: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Each token's loss and its log partition function, both [C]."""
-    lse = logits.logsumexp(-1)
-    hit = logits.gather(-1, targets[:, None]).squeeze(-1)
-    smooth = options.label_smoothing
-    aim = hit if smooth == 0.0 else (1 - smooth) * hit + smooth * logits.mean(-1)
-    losses = lse - aim + options.z_loss * lse.square()
-    return torch.where(kept, losses, 0.0), lse
-
-
-def _to_gradient(logits: Tensor, lse: Tensor, targets: Tensor, factor: Tensor, options: _Options) -> Tensor:
-    """Overwrites logits [C, vocabulary] with factor [C] times the gradient of each token's loss in them."""
-    smooth = options.label_smoothing
-    grad = logits.sub_(lse[:, None]).exp_()
-    if options.z_loss:
-        grad.mul_((1 + 2 * options.z_loss * lse)[:, None])
-    if smooth:
-        grad.sub_(smooth / logits.shape[1])
-    grad.scatter_add_(-1, targets[:, None], torch.full_like(lse, smooth - 1)[:, None])
-    return grad.mul_(factor[:, None])
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass
 class _Gradients:
-    """dx in x's dtype; the parameters' gradients summed over chunks in fp32 or wider."""
+    """Of the summed losses: x's in x's dtype, the parameters' summed over chunks in fp32 or wider; None if not wanted."""
 
-    x: Tensor
-    weight: Tensor
+    x: Tensor | None
+    weight: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, x: Tensor, weight: Tensor, bias: Tensor | None) -> _Gradients:
-        wide = torch.promote_types(x.dtype, torch.float32)
+    def zeros(cls, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> _Gradients:
         return cls(
-            torch.zeros_like(x),
-            torch.zeros(weight.shape, dtype=wide, device=x.device),
-            None if bias is None else torch.zeros(bias.shape, dtype=wide, device=x.device),
+            torch.empty_like(x) if wanted[0] else None,
+            torch.zeros(weight.shape, dtype=_wide(x), device=x.device) if wanted[1] else None,
+            torch.zeros(bias.shape, dtype=_wide(x), device=x.device) if bias is not None and wanted[2] else None,
         )
 
-    def add(self, a: int, b: int, d_logits: Tensor, x: Tensor, weight: Tensor) -> None:
-        d_cast = d_logits.to(x.dtype)
-        torch.mm(d_cast, weight, out=self.x[a:b])
-        self.weight += d_cast.T @ x
-        if self.bias is not None:
-            self.bias += d_logits.sum(0)
+
+@dataclass(frozen=True)
+class _Head:
+    """The loss without its tensors: options and the walk over chunks."""
+
+    ignore_index: int
+    z_loss: float
+    label_smoothing: float
+    chunk: int
+
+    def walk(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        factor: Tensor | None,
+        gradients: _Gradients | None,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(begin, end, losses in fp32 or wider) of each chunk; adds factor [N] times a token's gradient to `gradients`.
+
+        weight: already in x's dtype. factor: 1 for every token when None. Ignored tokens have loss 0 and factor 0.
+        """
+        N, V = x.shape[0], weight.shape[0]
+        kept = targets != self.ignore_index
+        safe = torch.where(kept, targets, 0)
+        factor = kept.to(_wide(x)) if factor is None else torch.where(kept, factor, 0.0)
+        # One buffer for all chunks: fresh ones would cost more in page faults than the softmax costs in arithmetic.
+        buffer = torch.empty(min(self.chunk, N), V, dtype=x.dtype, device=x.device)
+        product = None
+        if gradients is not None and gradients.weight is not None:
+            product = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+        for a in range(0, N, self.chunk):
+            b = min(a + self.chunk, N)
+            logits = buffer[: b - a]
+            torch.mm(x[a:b], weight.T, out=logits)
+            losses = self._softmax(logits, bias, safe[a:b], factor[a:b], gradients is not None)
+            if gradients is not None:
+                if gradients.x is not None:
+                    torch.mm(logits, weight, out=gradients.x[a:b])
+                if gradients.weight is not None:
+                    gradients.weight += torch.mm(logits.T, x[a:b], out=product)
+                if gradients.bias is not None:
+                    gradients.bias += logits.sum(0, dtype=gradients.bias.dtype)
+            yield a, b, torch.where(kept[a:b], losses, 0.0)
+
+    def _softmax(self, logits: Tensor, bias: Tensor | None, targets: Tensor, factor: Tensor, learn: bool) -> Tensor:
+        """Losses [C] of logits [C, V]; overwrites the logits, with factor times the gradient in them if `learn`."""
+        C, V = logits.shape
+        smooth, wide = self.label_smoothing, _wide(logits)
+        if bias is not None:
+            bias = bias.to(wide)
+        at_target = torch.arange(C, device=logits.device) * V + targets
+        aim = logits.view(-1)[at_target].to(wide)  # what the loss subtracts from the log partition function
+        if bias is not None:
+            aim += bias[targets]
+        hit = aim.clone()
+        lse = torch.empty_like(aim)
+        rows = max(1, BLOCK_LOGITS // V) if logits.device.type == "cpu" else C
+        block = None if logits.dtype == wide else torch.empty(min(rows, C), V, dtype=wide, device=logits.device)
+        for a in range(0, C, rows):
+            low = logits[a : a + rows]
+            b = a + low.shape[0]
+            z = low if block is None else block[: b - a].copy_(low)
+            if bias is not None:
+                z.add_(bias)
+            if smooth:
+                aim[a:b].mul_(1 - smooth).add_(z.mean(-1), alpha=smooth)
+            top = z.amax(-1, keepdim=True)
+            total = z.sub_(top).exp_().sum(-1, keepdim=True)
+            lse[a:b] = (top + total.log()).squeeze(-1)
+            if learn:
+                z.mul_((1 + 2 * self.z_loss * lse[a:b, None]) * factor[a:b, None] / total)
+                if smooth:
+                    z.sub_(factor[a:b, None] * (smooth / V))
+                if block is not None:
+                    low.copy_(z)
+        if learn:
+            # The target's own entry is taken anew in fp32, for p - 1 would cancel after p has been rounded. Each row has
+            # one target, so nothing collides.
+            own = (hit - lse).exp() * (1 + 2 * self.z_loss * lse) - (1 - smooth + smooth / V)
+            logits.view(-1)[at_target] = (own * factor).to(logits.dtype)
+        return lse - aim + self.z_loss * lse.square()
 
 
 class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options, learn: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        mean: bool,
+        learn: bool,
     ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cast = weight.to(x.dtype)
-        kept = targets != options.ignore_index
-        safe = torch.where(kept, targets, 0)
-        gradients = _Gradients.zeros(x, weight, bias) if learn else None
-        total = torch.zeros((), dtype=wide, device=x.device)
-        for a in range(0, x.shape[0], options.chunk):
-            b = min(a + options.chunk, x.shape[0])
-            logits = _logits(x[a:b], cast, bias)
-            losses, lse = _losses(logits, safe[a:b], kept[a:b], options)
+        gradients = _Gradients.zeros(x, weight, bias, ctx.needs_input_grad) if learn else None
+        total = torch.zeros((), dtype=_wide(x), device=x.device)
+        for _, _, losses in head.walk(x, weight.to(x.dtype), bias, targets, None, gradients):
             total += losses.sum()
-            if gradients is not None:
-                d_logits = _to_gradient(logits, lse, safe[a:b], kept[a:b].to(wide), options)
-                gradients.add(a, b, d_logits, x[a:b], cast)
-        share = 1.0 / kept.sum().clamp(min=1).to(wide) if options.mean else torch.ones_like(total)
+        share = torch.ones_like(total)
+        if mean:
+            share /= (targets != head.ignore_index).sum().clamp(min=1)
         if gradients is not None:
             ctx.save_for_backward(gradients.x, gradients.weight, gradients.bias, share)
-            ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+            ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total * share
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db, share = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        factor = upstream * share
-        return (
-            (dx * factor).to(dx.dtype),
-            (dw * factor).to(weight_dtype),
-            None if db is None else (db * factor).to(bias_dtype),
-            None,
-            None,
-            None,
-        )
+        *summed, share = ctx.saved_tensors
+        # Not in place: a second backward through a retained graph must find the sums as they were.
+        grads = (None if g is None else (g * (upstream * share)).to(dtype) for g, dtype in zip(summed, ctx.dtypes))
+        return (*grads, None, None, None, None)
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cast = weight.to(x.dtype)
-        kept = targets != options.ignore_index
-        safe = torch.where(kept, targets, 0)
-        losses = torch.empty(x.shape[0], dtype=wide, device=x.device)
-        lse = torch.empty_like(losses)
-        for a in range(0, x.shape[0], options.chunk):
-            b = min(a + options.chunk, x.shape[0])
-            losses[a:b], lse[a:b] = _losses(_logits(x[a:b], cast, bias), safe[a:b], kept[a:b], options)
-        ctx.save_for_backward(x, weight, bias, targets, lse)
-        ctx.options = options
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head) -> Tensor:
+        losses = torch.empty(x.shape[0], dtype=_wide(x), device=x.device)
+        for a, b, part in head.walk(x, weight.to(x.dtype), bias, targets, None, None):
+            losses[a:b] = part
+        ctx.save_for_backward(x, weight, bias, targets)
+        ctx.head = head
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, targets, lse = ctx.saved_tensors
-        options: _Options = ctx.options
+        x, weight, bias, targets = ctx.saved_tensors
+        gradients = _Gradients.zeros(x, weight, bias, ctx.needs_input_grad)
         with torch.autocast(x.device.type, enabled=False):
-            cast = weight.to(x.dtype)
-            kept = targets != options.ignore_index
-            safe = torch.where(kept, targets, 0)
-            factor = torch.where(kept, upstream, 0.0)
-            gradients = _Gradients.zeros(x, weight, bias)
-            for a in range(0, x.shape[0], options.chunk):
-                b = min(a + options.chunk, x.shape[0])
-                logits = _logits(x[a:b], cast, bias)
-                d_logits = _to_gradient(logits, lse[a:b], safe[a:b], factor[a:b], options)
-                gradients.add(a, b, d_logits, x[a:b], cast)
-        db = None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype)
-        return gradients.x, gradients.weight.to(weight.dtype), db, None, None
+            for _ in ctx.head.walk(x, weight.to(x.dtype), bias, targets, upstream, gradients):
+                pass
+        d_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
+        d_bias = None if gradients.bias is None else gradients.bias.to(bias.dtype)
+        return gradients.x, d_weight, d_bias, None, None
