@@ -1,0 +1,23 @@
+"""Operators as pure functions of tensors: reference, chunked torch, Triton. One public function each."""
+
+from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.delta_rule import delta_rule
+from kernels.experts import experts
+from kernels.gated_linear_attention import gated_linear_attention
+from kernels.norm import gated_rms_norm, l2_norm, rms_norm
+from kernels.short_conv import short_convolution
+from kernels.state_space import selective_scan
+
+__all__ = [
+    "attention",
+    "delta_rule",
+    "experts",
+    "gated_linear_attention",
+    "gated_rms_norm",
+    "l2_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "selective_scan",
+    "short_convolution",
+]

@@ -1,11 +1,38 @@
-"""The base class of every configuration section: strict, immutable in spirit, and without defaults that surprise."""
+"""The base class of every configuration section: strict, and helpful about keys that do not exist."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Strict(BaseModel):
-    """A configuration section. An unknown key is an error; assignments are checked like construction."""
+    """A configuration section.
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, use_attribute_docstrings=True)
+    An unknown key is an error that names the nearest valid one; assignments are checked like construction.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        # Checked here and not left to extra="forbid", because only the section itself knows which keys come near.
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise unknown_key(str(key), sorted(cls.model_fields))
+        return data
+
+
+def unknown_key(key: str, valid: list[str], what: str = "key") -> PydanticCustomError:
+    """The error for a key (or a kind) that does not exist, with the nearest valid one if any is near."""
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    context = {"key": key, "what": what, "guess": guess, "valid": ", ".join(valid)}
+    return PydanticCustomError("unknown_key", "unknown {what} {key!r}; {guess}valid: {valid}", context)

@@ -1,0 +1,65 @@
+"""How fast the chip is: nominally, from configs/hardware/*.yaml, and measured, by a short matrix product."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import Field
+
+from parallel.config import Strict
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
+
+
+class Hardware(Strict):
+    """One accelerator, from its datasheet."""
+
+    name: str
+    match: list[str] = []
+    """Parts of the device's name by which torch reports it."""
+    bf16_tflops: float = Field(gt=0)
+    """Dense bf16 matrix rate, TFLOP/s."""
+    fp32_tflops: float = Field(gt=0)
+    memory_gib: float = Field(gt=0)
+    memory_bandwidth_gbs: float = Field(gt=0)
+    """GB/s (1e9 bytes)."""
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s at "bf16" or "fp32"."""
+        return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
+
+
+def read(path: Path) -> Hardware:
+    return Hardware.model_validate(yaml.safe_load(path.read_text()))
+
+
+def detect(device: torch.device) -> Hardware | None:
+    """The datasheet of this device, if configs/hardware/ has one that matches its name. CPUs have none: they differ too much."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    for path in sorted(FOLDER.glob("*.yaml")):
+        hardware = read(path)
+        if any(part.lower() in name for part in hardware.match):
+            return hardware
+    return None
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product on this device now: the best of several, after a warm-up. Takes well under a second."""
+    size = 4096 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)  # its own, so that the job's random state stays as it was
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    best = float("inf")
+    for attempt in range(8):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if attempt >= 2:
+            best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

@@ -1,0 +1,65 @@
+"""What a run would cost, without building it: the answer of --dry-run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pretrain.config import ConfigError, RunConfig
+from pretrain.data.store import Corpus
+from pretrain.estimate.flops import mean_context, training_flops_per_token
+from pretrain.model.decoder import Decoder
+from pretrain.train.loop import build_model, with_vocabulary
+from pretrain.train.progress import human
+
+GIB = 2**30
+
+
+def report(config: RunConfig) -> str:
+    """Parameters, FLOPs and bytes of a run at the world size of the environment (WORLD_SIZE, or mesh.dp)."""
+    if config.model.vocabulary is None:
+        try:
+            config = with_vocabulary(config, Corpus.open(config.data.path).vocabulary_size)
+        except Exception as error:
+            raise ConfigError(f"{error} (or set model.vocabulary to estimate without data)") from None
+    with torch.device("meta"):
+        model = build_model(config)
+    ranks = config.mesh.dp or int(os.environ.get("WORLD_SIZE", 1))
+    if config.train.batch % (ranks * config.train.micro_batch):
+        raise ConfigError(
+            f"train.batch = {config.train.batch}: not a multiple of {ranks} rank(s) times train.micro_batch = "
+            f"{config.train.micro_batch}"
+        )
+    return "\n".join(f"{name:<22}{value}" for name, value in _rows(config, model, ranks))
+
+
+def _rows(config: RunConfig, model: Decoder, ranks: int) -> list[tuple[str, str]]:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    length = config.data.sequence_length
+    tokens = config.train.batch * length
+    per_token = training_flops_per_token(model, mean_context([length]))
+    sharded = _sharded_bytes(config, total, ranks)
+    return [
+        ("layers", f"{len(model.blocks)}: {', '.join(f'{mixer} + {ffn}' for mixer, ffn in config.model.pattern())}"),
+        ("parameters", f"{human(total)}, {human(model.active_parameters())} active per token"),
+        ("vocabulary", f"{model.embedding.num_embeddings}"),
+        ("ranks", f"{ranks}, {config.engine.kind} engine"),
+        ("tokens a step", f"{human(tokens)} ({config.train.batch} sequences of {length})"),
+        ("tokens in all", human(tokens * config.train.steps)),
+        ("FLOPs a token", f"{human(per_token)} (forward and backward)"),
+        ("FLOPs in all", human(per_token * tokens * config.train.steps)),
+        (
+            "memory a rank",
+            f"{sharded / GIB:.3f} GiB for parameters, gradients and optimizer state (activations not counted)",
+        ),
+    ]
+
+
+def _sharded_bytes(config: RunConfig, parameters: int, ranks: int) -> float:
+    """Bytes a rank for fp32 parameters (4), gradients (4) and two AdamW moments (8), as the engine spreads them."""
+    if config.engine.kind == "torch":
+        return 16.0 * parameters / ranks
+    # ZeRO keeps whole parameters on every rank, besides its share of the fp32 copy and of the moments.
+    gradients = 4.0 / ranks if config.engine.stage == 2 else 4.0
+    return parameters * (4.0 + gradients + 12.0 / ranks)

@@ -1,0 +1,52 @@
+"""Validation loss in nats per token and bits per byte of text.
+
+Bits per byte counts the text's bytes, not the tokens, so it compares models with different tokenizers, and models with
+compressors: what `xz -9` reaches on the same text is a bits-per-byte figure too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.processes import Processes
+from pretrain.data.loader import Batch
+
+
+@torch.no_grad()
+def score(
+    forward: Callable[..., Any],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    token_bytes: Tensor | None,
+    processes: Processes,
+    precision: str,
+) -> dict[str, float]:
+    """Sums the cross entropies of all targets over all ranks.
+
+    token_bytes: int [vocabulary], how many bytes of text each token stands for; None when the corpus has no such table.
+    Returns validation_loss (nats per scored token), bits_per_byte (nan without a table), scored_tokens, scored_bytes.
+    """
+    training = model.training
+    model.eval()
+    nats, tokens, size = 0.0, 0, 0
+    table = None if token_bytes is None else torch.as_tensor(token_bytes).to(processes.device)
+    for batch in batches:
+        batch = batch.to(processes.device)
+        with torch.autocast(processes.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            nats += float(forward(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens))
+        scored = batch.targets[batch.targets >= 0]
+        tokens += scored.numel()
+        size += 0 if table is None else int(table[scored].sum())
+    model.train(training)
+    nats, tokens_all, bytes_all = processes.sum([nats, tokens, size])
+    return {
+        "validation_loss": nats / max(1, tokens_all),
+        "bits_per_byte": nats / math.log(2) / bytes_all if bytes_all else math.nan,
+        "scored_tokens": int(tokens_all),
+        "scored_bytes": int(bytes_all),
+    }

@@ -1,0 +1,156 @@
+"""Writes text with a trained model: `python -m pretrain.generate --checkpoint runs/quickstart --prompt "def "`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pretrain.model.decoder import Decoder
+
+EXAMPLES = """examples:
+  python -m pretrain.generate --checkpoint runs/quickstart --prompt 'def read_file(path):' --tokens 200
+  python -m pretrain.generate --checkpoint runs/quickstart --temperature 0
+  python -m pretrain.generate --checkpoint runs/quickstart/checkpoints/step_00000100 --top-p 0.9 --seed 7 --samples 3"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.generate", description="Write text with a trained model.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run folder (its newest checkpoint) or a checkpoint"
+    )
+    parser.add_argument("--prompt", default="", help="text to go on from; the beginning of a document when left out")
+    parser.add_argument("--tokens", type=_at_least(1), default=200, help="tokens to write at most (default 200)")
+    parser.add_argument(
+        "--temperature", type=_at_least(0.0), default=0.8, help="0 always takes the likeliest token (default 0.8)"
+    )
+    parser.add_argument("--top-k", type=_at_least(1), help="choose among the k likeliest tokens only")
+    parser.add_argument(
+        "--top-p", type=_share, help="choose among the likeliest tokens that reach this probability together"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=_at_least(1), default=1, help="texts to write (default 1)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser.parse_args(argv)
+
+
+def _at_least(smallest: float):
+    kind = type(smallest)
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is below {smallest}")
+        return value
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def restrict(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits [B, V] with all but the allowed tokens at -inf. The likeliest token is always allowed."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what came before already reached top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    return logits
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """One token for each row of logits [B, V] -> [B, 1]. Temperature is applied before top-k and top-p."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1, keepdim=True)
+    probabilities = restrict(logits / temperature, top_k, top_p).softmax(dim=-1)
+    return probabilities.cpu().multinomial(1, generator=generator).to(logits.device)
+
+
+def generate(
+    model: Decoder,
+    prompt: list[int],
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    samples: int = 1,
+    end: int | None = None,
+) -> list[list[int]]:
+    """Token ids written after `prompt` (at least one id), one list a sample, each ending before the `end` token.
+
+    The prompt is read once in parallel; then every token costs one step: attention reads its key/value cache, linear mixers
+    their state.
+    """
+    import torch
+
+    if not prompt:
+        raise ValueError("prompt is empty; give at least one token, such as the tokenizer's bos")
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    written: list[list[int]] = [[] for _ in range(samples)]
+    training = model.training
+    model.eval()
+    cache = model.new_cache()
+    step = torch.tensor([prompt] * samples, dtype=torch.int64, device=device)
+    open_samples = set(range(samples))
+    with torch.inference_mode():
+        for _ in range(tokens):
+            logits = model(step, cache=cache, last_only=True)[:, -1]
+            step = choose(logits, temperature, top_k, top_p, generator)
+            for sample, token in enumerate(step[:, 0].tolist()):
+                if token == end:
+                    open_samples.discard(sample)
+                elif sample in open_samples:
+                    written[sample].append(token)
+            if not open_samples:
+                break
+    model.train(training)
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    from pretrain.loading import load
+
+    try:
+        model, tokenizer = load(arguments.checkpoint, device=arguments.device)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+    prompt = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(arguments.prompt)
+    texts = generate(
+        model, prompt, tokens=arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k,
+        top_p=arguments.top_p, seed=arguments.seed, samples=arguments.samples, end=tokenizer.eos,
+    )  # fmt: skip
+    for number, ids in enumerate(texts, start=1):
+        if arguments.samples > 1:
+            print(f"--- sample {number}")
+        print(arguments.prompt + tokenizer.decode(ids))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

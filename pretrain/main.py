@@ -1,0 +1,76 @@
+"""Trains a model: `torchrun --nproc-per-node N pretrain/main.py --config configs/runs/X.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "pretrain":
+    sys.path[0] = str(ROOT)  # a script's own folder comes first, where `data`, `model`, ... would hide other packages
+
+EXAMPLES = """examples:
+  python pretrain/main.py --config configs/runs/quickstart.yaml
+  torchrun --nproc-per-node 2 pretrain/main.py --config configs/runs/quickstart.yaml train.steps=200 run=runs/two
+  deepspeed pretrain/main.py --config configs/runs/quickstart.yaml engine.kind=deepspeed engine.stage=2
+  python pretrain/main.py --config configs/runs/quickstart.yaml --print-config
+
+A run that was interrupted goes on from its newest checkpoint when the same command is given again.
+Exit codes: 0 finished, 1 error, 2 bad usage or configuration, 75 preempted after a save (run again), 77 corrupt or missing
+data, 78 no loadable checkpoint although some exist, 79 persistent numerical fault."""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pretrain/main.py", description="Train a language model.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of configs/runs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="any field by its dotted name: train.steps=100"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run would cost and leave; needs no devices"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    from pretrain import config as configuration
+
+    try:
+        config = configuration.load(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(configuration.dump(config), end="")
+            return 0
+        if arguments.dry_run:
+            from pretrain.estimate.report import report
+
+            print(report(config))
+            return 0
+        from pretrain.train.loop import train
+
+        return train(config)
+    except configuration.ConfigError as error:
+        return fail(str(error), 2)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        return fail(str(error), code)
+
+
+def fail(message: str, code: int) -> int:
+    """One rank speaks; all leave with the same code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The two contracts of a layer: a mixer (moves information along the sequence) and an FFN (works on each token alone).
+
+A newcomer adds a mixer by adding one file to `mixers/`: a config class with a unique `kind` and a `build`, and its module.
+The file is found by itself; nothing else needs to know it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Annotated, Any
+
+import torch
+from pydantic import Discriminator, Tag
+from pydantic_core import PydanticCustomError
+from torch import Tensor, nn
+
+from parallel.config import Strict, unknown_key
+from pretrain.model.sequence import SequenceContext
+
+
+class SublayerConfig(Strict):
+    """What mixers' and FFNs' configs share. Subclasses add `kind: Literal["..."]` and implement build."""
+
+    def build(self, width: int) -> nn.Module:
+        """The module for a residual stream of `width` channels. Raises ValueError for sizes that do not fit."""
+        raise NotImplementedError
+
+
+class MixerConfig(SublayerConfig):
+    """Base of the mixers' configs."""
+
+
+class FFNConfig(SublayerConfig):
+    """Base of the FFNs' configs."""
+
+
+class Sublayer(nn.Module):
+    """What the decoder asks of any sublayer."""
+
+    owns_residual = False  # True: the module normalises its input and adds the residual itself (Hourglass)
+
+    def flops_per_token(self, context: float) -> float:
+        """Forward FLOPs for one token (a multiply-add counts 2), `context` being the mean number of keys it can see."""
+        raise NotImplementedError
+
+    def active_parameters(self) -> int:
+        """Parameters that one token's forward pass touches."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def output_projections(self) -> list[Tensor]:
+        """Weights that write to the residual stream: their initial scale shrinks with depth."""
+        raise NotImplementedError
+
+
+class Mixer(Sublayer):
+    def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]. With a cache, T tokens follow those that the cache has seen, and it is updated in place."""
+        raise NotImplementedError
+
+
+class FFN(Sublayer):
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; every token by itself."""
+        raise NotImplementedError
+
+
+def linear_flops(*weights: Tensor) -> float:
+    """Forward FLOPs per token of dense projections with these weights."""
+    return sum(2.0 * weight.numel() for weight in weights)
+
+
+def by_kind(package: str, base: type[SublayerConfig]) -> Any:
+    """The union of all config classes in a package, chosen by `kind`. Imports every module of the package."""
+    module = importlib.import_module(package)
+    for info in pkgutil.iter_modules(module.__path__):
+        importlib.import_module(f"{package}.{info.name}")
+    kinds = {config.model_fields["kind"].default: config for config in base.__subclasses__()}
+
+    def kind_of(value: Any) -> str:
+        kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+        if kind is None:
+            raise PydanticCustomError(
+                "kind_missing", "needs `kind`: one of {kinds}", {"kinds": ", ".join(sorted(kinds))}
+            )
+        if kind not in kinds:
+            raise unknown_key(str(kind), sorted(kinds), what="kind")
+        return kind
+
+    members = tuple(Annotated[config, Tag(kind)] for kind, config in sorted(kinds.items()))
+    union: Any = members[0]
+    for member in members[1:]:
+        union = union | member
+    return Annotated[union, Discriminator(kind_of)]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds: for sizes that do not fit each other."""
+    if not condition:
+        raise ValueError(message)
+
+
+@torch.no_grad()
+def init_normal(module: nn.Module, std: float) -> None:
+    """Normal weights for every matrix, zero biases; parameters with their own law reset themselves afterwards."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear | nn.Embedding):
+            child.weight.normal_(0.0, std)
+            if getattr(child, "bias", None) is not None:
+                child.bias.zero_()

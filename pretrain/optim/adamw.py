@@ -1,0 +1,37 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), and which parameters decay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from parallel.config import Strict
+
+
+class AdamWConfig(Strict):
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate; the schedule scales it."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of matrices; vectors, convolution taps and the embedding never decay."""
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        decayed, others = split_by_decay(model)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        # foreach: one kernel launch for many tensors, and the same arithmetic on every engine.
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=True)
+
+
+def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(decayed, not decayed). By name and shape, since sharding replaces parameter objects and loses their attributes."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and not name.endswith((".conv", "embedding.weight"))
+        (decayed if matrix else others).append(parameter)
+    return decayed, others

@@ -1,0 +1,31 @@
+"""Auxiliary-loss-free expert balancing over the global batch, and the load entropy that shows how well it works."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pretrain.train.callback import Callback, Run
+
+
+class Balance(Callback):
+    def on_step(self, run: Run) -> None:
+        routers = run.model.routers()
+        if not routers:
+            return
+        loads = [router.load for router in routers.values()]
+        # One reduction for all layers: every rank then moves the biases by the same numbers.
+        total = run.processes.sum_(torch.cat(loads))
+        entropy = {}
+        for (name, router), load in zip(routers.items(), total.split([load.numel() for load in loads])):
+            router.rebalance(load)
+            entropy[name] = round(load_entropy(load), 4)
+        run.record["load_entropy"] = entropy
+
+
+def load_entropy(load: torch.Tensor) -> float:
+    """Entropy of the expert loads [E] as a share of its maximum: 1 when all experts got the same, 0 when one got everything."""
+    share = load.double() / load.sum().clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum().item()
+    return entropy / math.log(load.numel()) if load.numel() > 1 else 1.0

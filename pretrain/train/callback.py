@@ -1,0 +1,54 @@
+"""The seam at which a feature joins the training loop: one small file a callback, any of these hooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parallel.engines import Engine
+    from parallel.processes import Processes
+    from pretrain.config import RunConfig
+    from pretrain.model.decoder import Decoder
+
+
+@dataclass
+class Run:
+    """What every callback may see. `step` counts finished steps; `record` is the newest line of metrics."""
+
+    config: RunConfig
+    processes: Processes
+    engine: Engine
+    model: Decoder
+    step: int = 0
+    tokens: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
+    stop: str | None = None
+    """Set to a reason to end the run after this step."""
+    save: bool = False
+    """Set to have this step saved whatever the interval."""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run
+
+    @property
+    def last(self) -> bool:
+        return self.step >= self.config.train.steps or self.stop is not None
+
+
+class Callback:
+    """Hooks are called on every rank, in the same order, so that a callback may communicate."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step, after a checkpoint was loaded."""
+
+    def on_step(self, run: Run) -> None:
+        """After a step; run.record holds its metrics."""
+
+    def on_end(self, run: Run) -> None:
+        """After the last step."""
+
+    def close(self) -> None:
+        """Always, also after an error: release files and threads."""

@@ -1,0 +1,109 @@
+"""Checkpoints at intervals, at the end, and when something asks for one; and their way back into a run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint.identity import check_same_model
+from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.data.loader import Loader
+from pretrain.train.callback import Callback, Run
+from pretrain.train.progress import Progress
+
+FOLDER = "checkpoints"
+
+
+class Save(Callback):
+    def __init__(self, checkpoints: Checkpoints, loader: Loader, progress: Progress):
+        self.checkpoints, self.loader, self.progress = checkpoints, loader, progress
+        self.saved = -1
+
+    def on_start(self, run: Run) -> None:
+        self.saved = run.step
+
+    def on_step(self, run: Run) -> None:
+        if run.save or run.last or run.step % run.config.checkpoint.every == 0:
+            self.save(run)
+
+    def save(self, run: Run) -> None:
+        if self.saved == run.step:
+            return
+        start = time.perf_counter()
+        path = self.checkpoints.save(
+            run.step,
+            run.engine.state_tensors(),
+            meta=content(run, self.loader),
+            per_rank=random_state(run.processes.device),
+        )
+        self.saved, run.save = run.step, False
+        self.progress.say(f"step {run.step}: saved {path} in {time.perf_counter() - start:.1f} s")
+
+
+def content(run: Run, loader: Loader) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    return {
+        "step": run.step,
+        "tokens": run.tokens,
+        "data": loader.state_dict(),
+        "config": run.config.model_dump(mode="json"),
+    }
+
+
+def restore(run: Run, checkpoints: Checkpoints, loader: Loader) -> bool:
+    """Brings a freshly built run to the state of the newest good checkpoint; False when there is none. Collective.
+
+    Raises ValueError when the checkpoint belongs to another model or data order.
+    """
+    tensors = run.engine.state_tensors()
+    resumed = checkpoints.resume(tensors, check=lambda meta: _check(run, meta, loader))
+    if resumed is None:
+        return False
+    run.engine.load_state_tensors(tensors)
+    run.step, run.tokens = resumed.meta["step"], resumed.meta["tokens"]
+    loader.load_state_dict(_data_state(resumed.meta, loader, run))
+    if resumed.per_rank is not None:
+        for name, restore_one in RANDOM.items():
+            if name in resumed.per_rank:
+                restore_one(resumed.per_rank[name])
+    else:
+        # Another number of ranks: no rank's old stream fits, so start fresh ones, the same at every such resume.
+        torch.manual_seed(run.config.train.seed * 1_000_003 + run.step * 1_009 + run.processes.rank)
+    return True
+
+
+def _check(run: Run, meta: dict[str, Any], loader: Loader) -> None:
+    for line in check_same_model(*_identities(run, meta, loader), allow=run.config.checkpoint.allow_changes):
+        if run.processes.first:
+            print(f"changed as allowed: {line}")
+
+
+def _identities(run: Run, meta: dict[str, Any], loader: Loader) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The saved and the present configuration, each with the hash of its corpus: the folder may move, the text may not."""
+    current = run.config.model_dump(mode="json")
+    return _with_hash(meta["config"], meta["data"]["corpus"]), _with_hash(current, loader.corpus.fingerprint)
+
+
+def _with_hash(config: dict[str, Any], corpus: str) -> dict[str, Any]:
+    return {**config, "data": {**config["data"], "hash": corpus}}
+
+
+def _data_state(meta: dict[str, Any], loader: Loader, run: Run) -> dict[str, Any]:
+    """Where the data goes on. After an allowed change of corpus, seed or length there is no old place: a new order begins."""
+    saved, fresh = meta["data"], loader.state_dict()
+    if all(saved[key] == fresh[key] for key in ("corpus", "seed", "sequence_length", "order_version")):
+        return saved
+    return {**fresh, "step": run.step, "sequences": 0}
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Torch's random streams of this rank."""
+    states = {"rng_cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+RANDOM = {"rng_cpu": torch.set_rng_state, "rng_cuda": torch.cuda.set_rng_state}
