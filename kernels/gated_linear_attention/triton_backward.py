@@ -1,0 +1,183 @@
+"""Gradients of q, k and the gate (and of v where one K tile spans the head), chunk by chunk.
+
+With S the state at the chunk's start, dS the gradient at its end, dA = tril(do v^T):
+
+    dq = scale (e^G do S^T + sum_j dA_ij k_j E_ij)          E_ij = exp(G_i - G_j)
+    dk = e^(G_C - G) v dS^T + scale sum_i dA_ij q_i E_ij
+    dg_t = sum_(i >= t) (q_i dq_i - k_i dk_i) + e^(G_C) <S, dS> + sum_i k_i (e^(G_C - G_i) v_i dS^T)
+
+(arXiv:2312.06635, appendix C, in a chunk-local form that needs no sum across chunks.) Products with dA are written with
+do v^T and with v do^T, so that no accumulator is ever transposed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.common.chunks import locate_chunk
+from kernels.gated_linear_attention.triton_gates import level_factors
+from kernels.gated_linear_attention.triton_output import scalar_decay
+
+
+@triton.jit(do_not_specialize=["T", "scale", "tokens"])
+def backward_kernel(
+    q, k, v, do, G, states, dstates, dq, dk, dv, dg, cu_seqlens, indices, scale, T, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, WITH_DV: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scalar gate (GATE 1) or none (GATE 0). q, k [tokens, H, K]; v, do [tokens, HV, V]; states, dstates [slots, HV, K, V].
+
+    dq, dk [tokens, HV, K]; dv [tokens, HV, V] (WITH_DV, needs BK >= K); dg [K tiles, tokens, HV]: the part of each K
+    tile. Grid: slots x HV x K tiles, K tiles fastest.
+    """
+    pid = tl.program_id(0)
+    blocks_k: tl.constexpr = (K + BK - 1) // BK
+    block = pid % blocks_k
+    ks = block * BK + tl.arange(0, BK)
+    hv = pid // blocks_k % HV
+    slot = pid // (blocks_k * HV)
+    sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
+    if sequence >= 0:
+        token = begin + chunk * BT
+        rows = tl.minimum(length - chunk * BT, BT)
+        row = tl.arange(0, BT)
+        valid = row < rows
+        mask_k = valid[:, None] & (ks < K)[None, :]
+        q += (token * H + hv // (HV // H)) * K
+        k += (token * H + hv // (HV // H)) * K
+        v += (token * HV + hv) * V
+        do += (token * HV + hv) * V
+        states += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
+        dstates += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
+        b_q = tl.load(q + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
+        b_k = tl.load(k + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
+        b_G = row * 0.0
+        G_last = 0.0
+        if GATE == 1:
+            G += token * HV + hv
+            b_G = tl.load(G + row * HV, mask=valid, other=0.0)
+            G_last = tl.load(G + (rows - 1) * HV)
+        if WITH_DV:
+            weights = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+            weights = (weights * scalar_decay(b_G, b_G, row, row, rows, GATE, True) * scale).to(b_q.dtype)
+            decayed = b_k
+            if GATE == 1:
+                decayed = (b_k.to(tl.float32) * tl.exp2(G_last - b_G)[:, None]).to(b_k.dtype)
+        a_dq = tl.zeros([BT, BK], dtype=tl.float32)
+        a_dk = tl.zeros([BT, BK], dtype=tl.float32)
+        dA = tl.zeros([BT, BT], dtype=tl.float32)
+        dA_t = tl.zeros([BT, BT], dtype=tl.float32)
+        inner = tl.zeros([BK], dtype=tl.float32)
+        for block_v in range((V + BV - 1) // BV):
+            vs = block_v * BV + tl.arange(0, BV)
+            mask_v = valid[:, None] & (vs < V)[None, :]
+            mask_s = (ks < K)[:, None] & (vs < V)[None, :]
+            b_v = tl.load(v + row[:, None] * (HV * V) + vs[None, :], mask=mask_v, other=0.0)
+            b_do = tl.load(do + row[:, None] * (HV * V) + vs[None, :], mask=mask_v, other=0.0)
+            S = tl.load(states + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
+            dS = tl.load(dstates + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
+            dA = tl.dot(b_do, tl.trans(b_v), dA, input_precision=PRECISION)
+            dA_t = tl.dot(b_v, tl.trans(b_do), dA_t, input_precision=PRECISION)
+            a_dq = tl.dot(b_do.to(S.dtype), tl.trans(S), a_dq, input_precision=PRECISION)
+            a_dk = tl.dot(b_v.to(S.dtype), tl.trans(dS), a_dk, input_precision=PRECISION)
+            if GATE == 1:
+                inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+            if WITH_DV:
+                a_dv = tl.dot(decayed.to(S.dtype), dS, input_precision=PRECISION)
+                a_dv = tl.dot(weights, b_do, a_dv, input_precision=PRECISION)
+                pointer = dv + (token * HV + hv) * V + row[:, None] * (HV * V) + vs[None, :]
+                tl.store(pointer, a_dv.to(dv.dtype.element_ty), mask=mask_v)
+        if GATE == 1:
+            a_dq *= tl.exp2(b_G)[:, None]
+            a_dk *= tl.exp2(G_last - b_G)[:, None]
+            at_end = tl.exp2(G_last) * tl.sum(inner) + tl.sum(a_dk * b_k.to(tl.float32))
+        dA *= scalar_decay(b_G, b_G, row, row, rows, GATE, False)
+        dA_t *= scalar_decay(b_G, b_G, row, row, rows, GATE, True) * scale
+        a_dq = tl.dot(dA.to(b_k.dtype), b_k, a_dq, input_precision=PRECISION) * scale
+        a_dk = tl.dot(dA_t.to(b_q.dtype), b_q, a_dk, input_precision=PRECISION)
+        at = (token * HV + hv) * K + row[:, None] * (HV * K) + ks[None, :]
+        tl.store(dq + at, a_dq.to(dq.dtype.element_ty), mask=mask_k)
+        tl.store(dk + at, a_dk.to(dk.dtype.element_ty), mask=mask_k)
+        if GATE == 1:
+            change = tl.sum(b_q.to(tl.float32) * a_dq - b_k.to(tl.float32) * a_dk, axis=1)
+            total = tl.cumsum(change, axis=0, reverse=True) + at_end
+            pointer = dg + (tl.cast(block, tl.int64) * tokens + token) * HV + hv + row * HV
+            tl.store(pointer, total, mask=valid)
+
+
+@triton.jit(do_not_specialize=["T", "scale"])
+def channel_backward_kernel(
+    q, k, v, do, G, states, dstates, dq, dk, dg, cu_seqlens, indices, scale, T,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Channel gate: dq, dk, dg [tokens, HV, K]. G [tokens, HV, K]; the rest as above. K tiles are independent.
+
+    The sums over pairs go level by level as in `prepare_kernel`.
+    """
+    pid = tl.program_id(0)
+    blocks_k: tl.constexpr = (K + BK - 1) // BK
+    ks = pid % blocks_k * BK + tl.arange(0, BK)
+    hv = pid // blocks_k % HV
+    slot = pid // (blocks_k * HV)
+    sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
+    if sequence >= 0:
+        token = begin + chunk * BT
+        rows = tl.minimum(length - chunk * BT, BT)
+        row = tl.arange(0, BT)
+        valid = row < rows
+        mask_k = valid[:, None] & (ks < K)[None, :]
+        q += (token * H + hv // (HV // H)) * K
+        k += (token * H + hv // (HV // H)) * K
+        G += (token * HV + hv) * K
+        v += (token * HV + hv) * V
+        do += (token * HV + hv) * V
+        states += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
+        dstates += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
+        a_dq = tl.zeros([BT, BK], dtype=tl.float32)
+        a_dk = tl.zeros([BT, BK], dtype=tl.float32)
+        dA = tl.zeros([BT, BT], dtype=tl.float32)
+        dA_t = tl.zeros([BT, BT], dtype=tl.float32)
+        inner = tl.zeros([BK], dtype=tl.float32)
+        for block_v in range((V + BV - 1) // BV):
+            vs = block_v * BV + tl.arange(0, BV)
+            mask_v = valid[:, None] & (vs < V)[None, :]
+            mask_s = (ks < K)[:, None] & (vs < V)[None, :]
+            b_v = tl.load(v + row[:, None] * (HV * V) + vs[None, :], mask=mask_v, other=0.0)
+            b_do = tl.load(do + row[:, None] * (HV * V) + vs[None, :], mask=mask_v, other=0.0)
+            S = tl.load(states + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
+            dS = tl.load(dstates + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
+            dA = tl.dot(b_do, tl.trans(b_v), dA, input_precision=PRECISION)
+            dA_t = tl.dot(b_v, tl.trans(b_do), dA_t, input_precision=PRECISION)
+            a_dq = tl.dot(b_do.to(S.dtype), tl.trans(S), a_dq, input_precision=PRECISION)
+            a_dk = tl.dot(b_v.to(S.dtype), tl.trans(dS), a_dk, input_precision=PRECISION)
+            inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+        b_q = tl.load(q + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
+        b_k = tl.load(k + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
+        b_G = tl.load(G + row[:, None] * (HV * K) + ks[None, :], mask=mask_k, other=0.0)
+        last = tl.load(G + (rows - 1) * (HV * K) + ks, mask=ks < K, other=0.0)
+        a_dq *= tl.exp2(b_G)
+        a_dk *= tl.exp2(last[None, :] - b_G)
+        at_end = tl.exp2(last) * inner + tl.sum(a_dk * b_k.to(tl.float32), axis=0)
+        diagonal = tl.sum(tl.where(row[:, None] == row[None, :], dA, 0.0), axis=1)[:, None]
+        a_dq += diagonal * b_k.to(tl.float32)
+        a_dk += diagonal * b_q.to(tl.float32) * scale
+        for level in tl.static_range(LEVELS):
+            upper, factor = level_factors(b_G, G, row, ks, rows, level, HV, K)
+            left = tl.where(upper[:, None], b_q.to(tl.float32) * factor, 0.0).to(b_q.dtype)
+            right = tl.where(upper[:, None], 0.0, b_k.to(tl.float32) * factor).to(b_k.dtype)
+            # Keep the pairs of one block: later token in its upper half, earlier one in its lower half.
+            same = (row[:, None] >> (level + 1)) == (row[None, :] >> (level + 1))
+            pairs = tl.where(same & upper[:, None], dA, 0.0).to(b_k.dtype)
+            a_dq += tl.dot(pairs, right, input_precision=PRECISION) * factor
+            pairs = tl.where(same & upper[None, :] & ((row & (1 << level)) == 0)[:, None], dA_t, 0.0).to(b_q.dtype)
+            a_dk += tl.dot(pairs, left, input_precision=PRECISION) * factor * scale
+        a_dq *= scale
+        at = (token * HV + hv) * K + row[:, None] * (HV * K) + ks[None, :]
+        tl.store(dq + at, a_dq.to(dq.dtype.element_ty), mask=mask_k)
+        tl.store(dk + at, a_dk.to(dk.dtype.element_ty), mask=mask_k)
+        change = b_q.to(tl.float32) * a_dq - b_k.to(tl.float32) * a_dk
+        total = tl.cumsum(change, axis=0, reverse=True) + at_end[None, :]
+        tl.store(dg + at, total, mask=mask_k)
