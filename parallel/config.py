@@ -30,9 +30,13 @@ class Strict(BaseModel):
         return data
 
 
-def unknown_key(key: str, valid: list[str], what: str = "key") -> PydanticCustomError:
-    """The error for a key (or a kind) that does not exist, with the nearest valid one if any is near."""
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    context = {"key": key, "what": what, "guess": guess, "valid": ", ".join(valid)}
-    return PydanticCustomError("unknown_key", "unknown {what} {key!r}; {guess}valid: {valid}", context)
+def unknown_key(key: str, valid: list[str]) -> PydanticCustomError:
+    """The error for a key that does not exist, with the nearest valid one if any is near."""
+    context = {"key": key, "guess": guess(key, valid), "valid": ", ".join(valid)}
+    return PydanticCustomError("unknown_key", "unknown key; {guess}valid keys: {valid}", context)
+
+
+def guess(name: str, valid: list[str]) -> str:
+    """`did you mean 'x'? `, or nothing when no valid name is near."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from parallel.config import Strict
+from parallel.config import Strict, guess
 from parallel.engines import EngineConfig, TorchConfig
 from parallel.mesh import MeshConfig
 from pretrain.data.config import DataConfig
@@ -138,23 +138,27 @@ def dump(config: Strict) -> str:
 
 def explain(error: ValidationError, raw: Any) -> list[str]:
     """One line for each fault: `model.width = 'abc': input should be a valid integer`."""
-    lines = []
-    for fault in error.errors():
-        location = _without_tags(fault["loc"], raw)
-        if fault["type"] == "unknown_key":
-            context = fault["ctx"]
-            tail = [context["key"]] if context["what"] == "key" else ["kind"]
-            key = ".".join([*location, *tail])
-            lines.append(f"{key}: {fault['msg']}")
-            continue
-        message = fault["msg"].removeprefix("Value error, ")
-        shown = "" if fault["type"] == "missing" else _shown(fault["input"])
-        lines.append(f"{'.'.join(location) or 'config'}{shown}: {message[0].lower() + message[1:]}")
-    return lines
+    return [_line(fault, _without_tags(fault["loc"], raw)) for fault in error.errors()]
 
 
-def _shown(value: Any) -> str:
-    return f" = {value!r}" if isinstance(value, str | int | float | bool | type(None)) else ""
+def _line(fault: Any, location: list[str]) -> str:
+    where, message, value = ".".join(location), fault["msg"].removeprefix("Value error, "), fault["input"]
+    if fault["type"] == "unknown_key":
+        return f"{'.'.join([*location, fault['ctx']['key']])}: {message}"
+    if fault["type"] == "union_tag_invalid":
+        kinds = re.findall(r"'(.*?)'", fault["ctx"]["expected_tags"])
+        kind = fault["ctx"]["tag"]
+        return f"{where}.kind = {kind!r}: no such kind; {guess(kind, kinds)}valid kinds: {', '.join(kinds)}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{where}: needs `kind`, which says what it is"
+    if fault["type"] == "missing":
+        return f"{where}: required, and not there"
+    if fault["type"] in ("model_type", "dict_type"):
+        message = "should be a section with keys of its own"
+    if fault["type"] == "path_type":
+        message = "should be a path"
+    shown = f" = {value!r}" if isinstance(value, str | int | float | bool | type(None)) else ""
+    return f"{where or 'config'}{shown}: {message[0].lower() + message[1:]}"
 
 
 def _without_tags(location: tuple[int | str, ...], raw: Any) -> list[str]:
