@@ -1,8 +1,8 @@
 """Text to tokens to batches.
 
-`python -m pretrain.data prepare` turns text into a tokenizer and a Megatron `.bin`/`.idx` corpus; `Corpus` opens one, `Loader` and
-`ValidationSet` read packed batches from it. Names are resolved on first use, because torch, megatron-core and datasets take seconds to
-import and `--help` should not.
+`python -m pretrain.data prepare` turns text into a tokenizer and a Megatron `.bin`/`.idx` corpus; `Corpus` opens one,
+`Loader` and `ValidationSet` read packed batches from it. Names are resolved on first use, because torch,
+megatron-core and datasets take seconds to import and `--help` should not.
 """
 
 from __future__ import annotations

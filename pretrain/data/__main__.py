@@ -1,4 +1,6 @@
-"""`python -m pretrain.data`: prepare and inspect a corpus. Heavy imports happen inside the commands, so --help is quick."""
+"""`python -m pretrain.data`: prepare and inspect a corpus. Heavy imports happen inside the commands, so --help is
+quick.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import sys
 from typing import Any
 
 from pretrain.data.errors import DataError, PrepareFailure, UsageError
+from pretrain.exit import ERROR
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left behind. Run the same command to start again", file=sys.stderr)
-        return PrepareFailure.exit_code
+        return ERROR
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         sys.stderr.close()
         return 0

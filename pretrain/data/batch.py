@@ -21,9 +21,9 @@ IGNORE = -100
 class Batch:
     """Several windows packed into one row of N tokens.
 
-    tokens: int64 [1, N]. targets: int64 [1, N], the next token of the same document, -100 where there is none (a document's last
-    token, padding). cu_seqlens: int32 [S + 1], ascending from 0 to N, a border at each document start and each window start: nothing
-    may be carried across one.
+    tokens: int64 [1, N]. targets: int64 [1, N], the next token of the same document, -100 where there is none (a
+    document's last token, padding). cu_seqlens: int32 [S + 1], ascending from 0 to N, a border at each document start
+    and each window start: nothing may be carried across one.
     """
 
     tokens: torch.Tensor
@@ -47,7 +47,9 @@ class Batch:
         return (torch.arange(total, device=starts.device) - starts.repeat_interleave(sizes)).unsqueeze(0)
 
     def bytes_scored(self, token_bytes: torch.Tensor) -> int:
-        """Bytes of text that the counted targets stand for; bits per byte = summed nats / ln 2 / this. token_bytes: int [vocabulary]."""
+        """Bytes of text that the counted targets stand for; bits per byte = summed nats / ln 2 / this. token_bytes:
+        int [vocabulary].
+        """
         return int(token_bytes.to(self.targets.device)[self.targets[self.targets != IGNORE]].sum(dtype=torch.int64))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -62,10 +64,10 @@ class Batch:
 def pack(corpus: Corpus, windows: Sequence[Sequence[Span]], sequence_length: int, fill: int = 0) -> Batch:
     """Reads windows and packs them into one row.
 
-    windows: for each window the spans of its tokens, the last of which is a target only (so at most sequence_length + 1 tokens). A
-    shorter window is filled up with `fill` without targets, as a packed sequence of its own; an empty one is all filling. Every batch
-    has N = len(windows) * sequence_length tokens, because collectives and pipeline stages need one shape on all ranks.
-    Raises DataError for a token outside the vocabulary.
+    windows: for each window the spans of its tokens, the last of which is a target only (so at most sequence_length +
+    1 tokens). A shorter window is filled up with `fill` without targets, as a packed sequence of its own; an empty
+    one is all filling. Every batch has N = len(windows) * sequence_length tokens, because collectives and pipeline
+    stages need one shape on all ranks. Raises DataError for a token outside the vocabulary.
     """
     total = len(windows) * sequence_length
     tokens = np.full(total, fill, np.int64)

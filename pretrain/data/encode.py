@@ -24,8 +24,8 @@ _AHEAD = 3
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of documents. ids: uint16 or int32, all documents end to end, each as bos, tokens, eos. lengths: int64 [documents].
-    text_bytes: int64 [documents], bytes that the tokens of each stand for."""
+    """A batch of documents. ids: uint16 or int32, all documents end to end, each as bos, tokens, eos. lengths: int64
+    [documents]. text_bytes: int64 [documents], bytes that the tokens of each stand for."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -88,8 +88,8 @@ def encode_all(batches: Iterable[list[str]], tokenizer_path: Path, workers: int)
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise PrepareFailure(
-            "a worker process was killed, most likely for want of memory; pass fewer `--workers`, or `--document-bytes 1000000` "
-            "if single documents are very long"
+            "a worker process was killed, most likely for want of memory; pass fewer `--workers`, or "
+            "`--document-bytes 1000000` if single documents are very long"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,7 @@
 """Megatron's `.idx` header, read and judged before megatron-core maps the files: its own reader trusts what it finds.
 
-Layout (little endian): 9 bytes magic, u64 version, u8 dtype code, u64 S sequences, u64 D document borders, then int32 [S] lengths,
-int64 [S] byte offsets into the `.bin`, int64 [D] sequence numbers at which documents begin and end.
+Layout (little endian): 9 bytes magic, u64 version, u8 dtype code, u64 S sequences, u64 D document borders, then int32
+[S] lengths, int64 [S] byte offsets into the `.bin`, int64 [D] sequence numbers at which documents begin and end.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def read_header(path: Path) -> IndexHeader:
 def read_index(prefix: Path) -> tuple[IndexHeader, np.ndarray, np.ndarray]:
     """Checks `prefix.idx` against itself and against the size of `prefix.bin`.
 
-    Returns the header, the length of every document in tokens, int64 [documents], and the byte offset in the `.bin` at which each
-    begins, int64 [documents]. A document may be several Megatron sequences (one a sentence); they lie back to back.
-    Raises DataError naming the file and the offset of the first thing that is wrong.
+    Returns the header, the length of every document in tokens, int64 [documents], and the byte offset in the `.bin`
+    at which each begins, int64 [documents]. A document may be several Megatron sequences (one a sentence); they lie
+    back to back. Raises DataError naming the file and the offset of the first thing that is wrong.
     """
     path = prefix.with_name(prefix.name + ".idx")
     header = read_header(path)

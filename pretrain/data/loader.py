@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from pretrain.data.batch import Batch, pack
+from pretrain.data.errors import UsageError
 from pretrain.data.order import ORDER_VERSION, Order
 from pretrain.data.store import Corpus
 
@@ -13,12 +14,13 @@ from pretrain.data.store import Corpus
 class Loader:
     """Micro-batches of one data-parallel rank, by global step.
 
-    Step s consumes `global_batch` consecutive sequences of the order. Micro-batch m of rank r holds sequences
-    (m * ranks + r) * micro_batch + [0, micro_batch) of them, so the set of sequences in a step, and their order through
+    Step s consumes `global_batch` consecutive sequences of the order. Micro-batch m of rank r holds sequences (m *
+    ranks + r) * micro_batch + [0, micro_batch) of them, so the set of sequences in a step, and their order through
     micro-batches and ranks, is the same for any number of ranks.
 
-    global_batch: sequences per step over all ranks. micro_batch: sequences per micro-batch. prefetch: prepare the next step on a thread.
-    Raises ValueError if global_batch does not divide by ranks * micro_batch, DataError for damaged data when a batch is read.
+    global_batch: sequences per step over all ranks. micro_batch: sequences per micro-batch. prefetch: prepare the
+    next step on a thread. Raises ValueError if global_batch does not divide by ranks * micro_batch, DataError for
+    damaged data when a batch is read.
     """
 
     def __init__(
@@ -34,17 +36,18 @@ class Loader:
         prefetch: bool = False,
     ) -> None:
         if min(global_batch, micro_batch, ranks) < 1:
-            raise ValueError(
+            raise UsageError(
                 f"global_batch ({global_batch}), micro_batch ({micro_batch}) and ranks ({ranks}) must be at least 1"
             )
         if not 0 <= rank < ranks:
-            raise ValueError(f"rank {rank} is not one of {ranks} data-parallel ranks")
+            raise UsageError(f"rank {rank} is not one of {ranks} data-parallel ranks")
         if global_batch % (ranks * micro_batch):
             unit = ranks * micro_batch
             near = sorted({max(unit, global_batch // unit * unit), (global_batch // unit + 1) * unit})
-            raise ValueError(
-                f"global_batch {global_batch} does not divide by {ranks} data-parallel ranks x micro_batch {micro_batch} = {unit}: "
-                f"use global_batch {' or '.join(map(str, near))}, or another micro_batch"
+            raise UsageError(
+                f"global_batch {global_batch} does not divide by {ranks} data-parallel ranks x "
+                f"micro_batch {micro_batch} = {unit}: use global_batch {' or '.join(map(str, near))}, "
+                f"or another micro_batch"
             )
         self.corpus = corpus
         self.order = Order(corpus.lengths, sequence_length, seed)
@@ -52,6 +55,7 @@ class Loader:
         self.micro_batch = micro_batch
         self.rank = rank
         self.ranks = ranks
+        _ = corpus.dataset  # imported and mapped here, not on the first step's clock or on the thread
         # The steps that this loader numbers from here on: step `_base_step` begins at sequence `_base_sequence`.
         self._base_step = 0
         self._base_sequence = 0
@@ -73,11 +77,13 @@ class Loader:
         """Number of the first sequence of a global step."""
         first = self._base_sequence + (step - self._base_step) * self.global_batch
         if step < 0 or first < 0:
-            raise ValueError(f"step {step} lies before the first sequence of this run")
+            raise UsageError(f"step {step} lies before the first sequence of this run")
         return first
 
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of global step `step`, in the order in which to run them. Any step may be asked for at any time."""
+        """This rank's micro-batches of global step `step`, in the order in which to run them. Any step may be asked
+        for at any time.
+        """
         if self._ahead is not None and self._ahead[0] == step:
             future, self._ahead = self._ahead[1], None
             found = future.result()
@@ -110,9 +116,11 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues after the last step of the run that saved `state`; ranks, micro_batch and global_batch may differ from that run's.
+        """Continues after the last step of the run that saved `state`; ranks, micro_batch and global_batch may differ
+        from that run's.
 
-        Raises ValueError if the corpus, seed, sequence_length or the order's version differ: the same tokens would not follow.
+        Raises ValueError if the corpus, seed, sequence_length or the order's version differ: the same tokens would
+        not follow.
         """
         mine = self.state_dict()
         causes = {
@@ -124,9 +132,9 @@ class Loader:
         for key, fix in causes.items():
             if state.get(key) != mine[key]:
                 where = f" ({self.corpus.prefix})" if key == "corpus" else ""
-                raise ValueError(
-                    f"cannot continue the data order: the checkpoint has {key} {state.get(key)!r}, this run has {mine[key]!r}{where}; "
-                    f"{fix}, or start a new run"
+                raise UsageError(
+                    f"cannot continue the data order: the checkpoint has {key} {state.get(key)!r}, "
+                    f"this run has {mine[key]!r}{where}; {fix}, or start a new run"
                 )
         self._drop_ahead()
         self._base_step = self._next_step = int(state["step"])

@@ -49,7 +49,9 @@ class TokenizerRecord(_Record):
 
 
 class Manifest(_Record):
-    """The whole file. Holds nothing about the machine, the time or the number of workers: equal inputs give equal bytes."""
+    """The whole file. Holds nothing about the machine, the time or the number of workers: equal inputs give equal
+    bytes.
+    """
 
     format: Literal["braid-corpus"] = "braid-corpus"
     version: Literal[1] = 1
@@ -73,13 +75,15 @@ def hash_file(path: Path) -> FileRecord:
 
 
 def fingerprint(prefix: Path) -> str:
-    """Names the content of a bare `.bin`/`.idx` pair cheaply: the whole index, and the first and last MiB of the tokens."""
+    """Names the content of a bare `.bin`/`.idx` pair cheaply: the whole index, and the first and last MiB of the
+    tokens.
+    """
     digest = xxhash.xxh3_128()
     index = prefix.with_name(prefix.name + ".idx")
     read_header(index)
     raw = np.memmap(index, mode="r", dtype=np.uint8)
     for start in range(0, len(raw), _BLOCK):
-        digest.update(raw[start : start + _BLOCK])
+        digest.update(raw[start : start + _BLOCK].tobytes())
     with prefix.with_name(prefix.name + ".bin").open("rb") as stream:
         digest.update(stream.read(_BLOCK))
         stream.seek(max(0, stream.seek(0, 2) - _BLOCK))
@@ -92,8 +96,9 @@ def read(folder: Path) -> Manifest:
     path = folder / NAME
     if not path.is_file():
         raise DataError(
-            f"{folder} has no {NAME}, so it is not a prepared corpus; run `python -m pretrain.data prepare ... --output {folder}`, "
-            f"or give a Megatron pair as a prefix ({folder}/NAME without .bin)"
+            f"{folder} has no {NAME}, so it is not a prepared corpus; run "
+            f"`python -m pretrain.data prepare ... --output {folder}`, or give a Megatron pair as a prefix "
+            f"({folder}/NAME without .bin)"
         )
     try:
         return Manifest.model_validate_json(path.read_bytes())

@@ -7,7 +7,9 @@ from types import ModuleType
 
 
 def indexed_dataset() -> ModuleType:
-    """`megatron.core.datasets.indexed_dataset`, without the warnings about optional CUDA packages that data does not use."""
+    """`megatron.core.datasets.indexed_dataset`, without the warnings about optional CUDA packages that data does not
+    use.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset as module

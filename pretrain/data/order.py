@@ -1,12 +1,13 @@
 """The one token order: which tokens are training sequence i, for every i, whatever the number of processes.
 
-Epoch e shuffles the documents by (seed, e) and concatenates them into a stream of L tokens. The stream is cut into W = (L - 1) // T
-windows: window w reads inputs [wT, wT + T) and predicts [wT + 1, wT + T + 1), so neighbours share one token and each token of the
-stream but the first is a target once; the last (L - 1) % T < T tokens wait for another epoch's shuffle. The windows are shuffled by
-(seed, e) as well. Sequence i is window i % W of epoch i // W. Nothing is replayed to get there: two hashes and a binary search.
+Epoch e shuffles the documents by (seed, e) and concatenates them into a stream of L tokens. The stream is cut into W
+= (L - 1) // T windows: window w reads inputs [wT, wT + T) and predicts [wT + 1, wT + T + 1), so neighbours share one
+token and each token of the stream but the first is a target once; the last (L - 1) % T < T tokens wait for another
+epoch's shuffle. The windows are shuffled by (seed, e) as well. Sequence i is window i % W of epoch i // W. Nothing is
+replayed to get there: two hashes and a binary search.
 
-The shuffles sort by splitmix64 (Steele, Lea and Flood, OOPSLA 2014) of the element's number rather than call numpy's generators, whose streams may
-change between releases: an order that a checkpoint refers to must not.
+The shuffles sort by splitmix64 (Steele, Lea and Flood, OOPSLA 2014) of the element's number rather than call numpy's
+generators, whose streams may change between releases: an order that a checkpoint refers to must not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+
+from pretrain.data.errors import UsageError
 
 ORDER_VERSION = 1
 _DOCUMENTS, _WINDOWS = 1, 2
@@ -47,8 +50,8 @@ def permutation(n: int, *key: int) -> np.ndarray:
 def cut(ends: np.ndarray, documents: np.ndarray | None, start: int, length: int) -> list[Span]:
     """The spans that cover stream positions [start, start + length).
 
-    ends: int64 [D], cumulated document lengths in stream order. documents: int64 [D], the document at each place of the stream,
-    None for the identity.
+    ends: int64 [D], cumulated document lengths in stream order. documents: int64 [D], the document at each place of
+    the stream, None for the identity.
     """
     spans = []
     place = int(np.searchsorted(ends, start, side="right"))
@@ -65,20 +68,20 @@ def cut(ends: np.ndarray, documents: np.ndarray | None, start: int, length: int)
 class Order:
     """Sequence number -> spans of T + 1 tokens (the last one is a target only). Blind to ranks and to batch sizes.
 
-    lengths: int64 [documents], tokens in each document. Memory: 16 bytes a document and 8 a window for each of the two epochs kept.
-    Raises ValueError if the corpus has fewer than sequence_length + 1 tokens.
+    lengths: int64 [documents], tokens in each document. Memory: 16 bytes a document and 8 a window for each of the
+    two epochs kept. Raises ValueError if the corpus has fewer than sequence_length + 1 tokens.
     """
 
     def __init__(self, lengths: np.ndarray, sequence_length: int, seed: int) -> None:
         if sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
+            raise UsageError(f"sequence_length must be at least 1, got {sequence_length}")
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.sequence_length = sequence_length
         self.seed = seed
         self.tokens = int(self.lengths.sum())
         self.windows_per_epoch = (self.tokens - 1) // sequence_length
         if self.windows_per_epoch < 1:
-            raise ValueError(
+            raise UsageError(
                 f"the corpus has {self.tokens} tokens, too few for one sequence of {sequence_length} + 1: "
                 f"lower sequence_length to at most {max(self.tokens - 1, 0)} or prepare more text"
             )
@@ -99,7 +102,7 @@ class Order:
     def spans(self, sequence: int) -> list[Span]:
         """The T + 1 tokens of training sequence number `sequence` (from 0, without end), in reading order."""
         if sequence < 0:
-            raise ValueError(f"sequence numbers start at 0, got {sequence}")
+            raise UsageError(f"sequence numbers start at 0, got {sequence}")
         epoch, place = divmod(sequence, self.windows_per_epoch)
         documents, ends, windows = self._epoch(epoch)
         return cut(ends, documents, int(windows[place]) * self.sequence_length, self.sequence_length + 1)

@@ -84,7 +84,9 @@ class PrepareOptions:
 
 
 def split_of(digest: bytes, seed: int, validation: float) -> str:
-    """The split of a document with this xxh3_128 digest: decided by its content alone, so that other documents cannot move it."""
+    """The split of a document with this xxh3_128 digest: decided by its content alone, so that other documents cannot
+    move it.
+    """
     return "validation" if xxhash.xxh3_64_intdigest(digest, seed=seed) < validation * 2.0**64 else "train"
 
 
@@ -94,7 +96,9 @@ def _digest(text: str) -> tuple[bytes, int]:
 
 
 def sample(files: list[tuple[Path, str, int]], options: PrepareOptions, reading: Reading, report: Report) -> list[str]:
-    """At most `sample_bytes` of training text, the same amount from each file as far as they last; never validation text."""
+    """At most `sample_bytes` of training text, the same amount from each file as far as they last; never validation
+    text.
+    """
     chosen = [files[i] for i in permutation(len(files), options.seed)[:_SAMPLED_FILES]]
     chosen.sort(key=lambda item: item[2])  # small files first: what they leave over is shared among the larger
     left, texts = options.sample_bytes, []
@@ -128,7 +132,9 @@ class _Writer:
         self.lossy = 0
 
     def batches(self, files: list[tuple[Path, str, int]], held_out: Any) -> Iterator[list[str]]:
-        """Batches of documents to encode: duplicates and empty ones dropped, up to the limit. Held-out text is written on the way."""
+        """Batches of documents to encode: duplicates and empty ones dropped, up to the limit. Held-out text is
+        written on the way.
+        """
         batch: list[str] = []
         size = done = 0
         total = sum(item[2] for item in files)
@@ -181,7 +187,8 @@ class _Writer:
 def prepare(options: PrepareOptions, report: Report | None = None) -> manifests.Manifest:
     """Writes the folder `options.output` completely or not at all, and returns its manifest.
 
-    Raises ValueError (what was asked cannot be done), DataError (missing or unreadable input) or PrepareFailure (no space).
+    Raises ValueError (what was asked cannot be done), DataError (missing or unreadable input) or PrepareFailure (no
+    space).
     """
     report = report or (lambda stage, done, total: None)
     check_output(options.output, options.overwrite)
@@ -201,8 +208,8 @@ def prepare(options: PrepareOptions, report: Report | None = None) -> manifests.
         need = sum(item[2] for item in files)
         raise PrepareFailure(
             f"no space for {options.output} ({error.strerror}): up to {need / 1e6:.0f} MB are needed, "
-            f"{shutil.disk_usage(parent).free / 1e6:.0f} MB are free (a quota may allow less); nothing was left behind. "
-            f"Free some space, name another `--output`, or pass `--limit-bytes`"
+            f"{shutil.disk_usage(parent).free / 1e6:.0f} MB are free (a quota may allow less); "
+            f"nothing was left behind. Free some space, name another `--output`, or pass `--limit-bytes`"
         ) from None
 
 
@@ -262,8 +269,9 @@ def _require_splits(writer: _Writer, files: list[tuple[Path, str, int]], options
     if options.validation and not writer.counts["validation"]["documents"]:
         found = writer.counts["train"]["documents"]
         raise UsageError(
-            f"none of the {found} documents fell to validation with share {options.validation} and seed {options.seed}: raise "
-            f"`--validation`, cut long documents with `--document-bytes 65536`, change `--seed`, or pass `--validation 0`"
+            f"none of the {found} documents fell to validation with share {options.validation} and seed "
+            f"{options.seed}: raise `--validation`, cut long documents with `--document-bytes 65536`, change `--seed`, "
+            f"or pass `--validation 0`"
         )
 
 

@@ -13,54 +13,13 @@ from pretrain.data.errors import DataError, UsageError
 
 FORMATS = ("text", "jsonl", "parquet")
 _BY_SUFFIX = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-_NOT_TEXT = set(
-    [
-        ".arrow",
-        ".avi",
-        ".bin",
-        ".bz2",
-        ".class",
-        ".csv",
-        ".dll",
-        ".docx",
-        ".exe",
-        ".feather",
-        ".gif",
-        ".gz",
-        ".h5",
-        ".idx",
-        ".jpeg",
-        ".jpg",
-        ".lz4",
-        ".model",
-        ".mp3",
-        ".mp4",
-        ".npy",
-        ".npz",
-        ".o",
-        ".orc",
-        ".pdf",
-        ".pickle",
-        ".pkl",
-        ".png",
-        ".pt",
-        ".pth",
-        ".pyc",
-        ".rar",
-        ".safetensors",
-        ".so",
-        ".sqlite",
-        ".tar",
-        ".tfrecord",
-        ".tgz",
-        ".tsv",
-        ".whl",
-        ".xlsx",
-        ".xz",
-        ".zip",
-        ".zst",
-    ]
-)
+_NOT_TEXT = {
+    *(".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".rar", ".whl"),
+    *(".csv", ".tsv", ".arrow", ".feather", ".orc", ".h5", ".sqlite", ".tfrecord", ".xlsx"),
+    *(".bin", ".idx", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".model", ".pkl", ".pickle"),
+    *(".pyc", ".so", ".o", ".dll", ".exe", ".class", ".pdf", ".docx"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".mp3", ".mp4", ".avi"),
+}
 
 
 @dataclass
@@ -83,10 +42,13 @@ class Reading:
 
 
 def expand(patterns: list[str]) -> list[Path]:
-    """The files that the globs match (`**` crosses folders), sorted, each once. Raises DataError for a glob without a file."""
+    """The files that the globs match (`**` crosses folders), sorted, each once. Raises DataError for a glob without a
+    file.
+    """
     found: set[Path] = set()
     for pattern in patterns:
-        paths = [Path(name) for name in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+        # Path.glob refuses absolute patterns.
+        paths = [Path(name) for name in glob.glob(str(Path(pattern).expanduser()), recursive=True)]  # noqa: PTH207
         files = [path for path in paths if path.is_file()]
         if not files:
             what = "matches only folders" if paths else "matches no file"
@@ -110,8 +72,8 @@ def format_of(path: Path, chosen: str) -> str:
     last = suffixes[-1] if suffixes else ""
     if last in _NOT_TEXT:
         raise UsageError(
-            f"unknown format {last!r} of {path}: text, jsonl and parquet can be read; narrow the glob, or say `--format text` "
-            f"if the file is plain text after all"
+            f"unknown format {last!r} of {path}: text, jsonl and parquet can be read; narrow the glob, or say "
+            f"`--format text` if the file is plain text after all"
         )
     return _BY_SUFFIX.get(last, "text")
 
@@ -141,7 +103,9 @@ def _text(path: Path, form: str, reading: Reading) -> Iterator[str]:
 
 
 def _rows(path: Path, form: str, reading: Reading) -> Iterator[str]:
-    """Rows through datasets, streaming; a JSON file that it cannot parse is read on row by row, to name or skip the bad row."""
+    """Rows through datasets, streaming; a JSON file that it cannot parse is read on row by row, to name or skip the
+    bad row.
+    """
     if path.stat().st_size == 0:
         return
     given = 0
@@ -190,7 +154,7 @@ def _json_rows(path: Path, reading: Reading, skip: int) -> Iterator[str]:
                 text = value.get(reading.text_field)
                 if isinstance(text, str):
                     text.encode()  # a lone surrogate is valid JSON but not text
-            except UnicodeError as error:
+            except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 _bad_row(reading, path, row, start, f"is not UTF-8 ({error.reason})")
             except ValueError as error:
                 _bad_row(reading, path, row, start, f"is not readable ({_first_line(error)})")

@@ -28,8 +28,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
     if not (output / NAME).is_file():
         raise UsageError(
-            f"--output {output} holds something that `prepare` did not write (no {NAME}), so --overwrite leaves it alone; "
-            f"name another folder"
+            f"--output {output} holds something that `prepare` did not write (no {NAME}), so --overwrite leaves "
+            f"it alone; name another folder"
         )
 
 
@@ -38,6 +38,9 @@ def _remove_abandoned(output: Path) -> None:
     for folder in output.parent.glob(f".{output.name}.*.partial"):
         with contextlib.suppress(OSError), (folder / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    if output.exists():
+        for folder in output.parent.glob(f".{output.name}.*.old"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -51,7 +54,8 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `output` that takes its place when the block ends, and vanishes if the block raises.
+    """Yields an empty folder beside `output` that takes its place when the block ends, and vanishes if the block
+    raises.
 
     Whatever was at `output` stays until then, and is removed afterwards.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from pretrain.data.tokenizer import Tokenizer
 class Corpus:
     """Documents of token ids in a memory-mapped `.bin`, read through megatron-core's IndexedDataset.
 
-    prefix: path without `.bin`/`.idx`. lengths: int64 [documents]. tokens: their sum. vocabulary_size: None if a bare prefix was
-    opened without one. token_bytes: int32 [vocabulary], bytes of text per token (0 for bos and eos), or None. fingerprint: names the
-    content, so that a checkpoint can refuse another corpus. manifest: None for a bare prefix. `dataset` is megatron-core's object.
+    prefix: path without `.bin`/`.idx`. lengths: int64 [documents]. tokens: their sum. vocabulary_size: None if a bare
+    prefix was opened without one. token_bytes: int32 [vocabulary], bytes of text per token (0 for bos and eos), or
+    None. fingerprint: names the content, so that a checkpoint can refuse another corpus. manifest: None for a bare
+    prefix.
     """
 
     def __init__(
@@ -43,7 +46,11 @@ class Corpus:
         self.eos = eos
         self.manifest = manifest
         self.fingerprint = fingerprint or manifests.fingerprint(prefix)
-        self.dataset = indexed_dataset().IndexedDataset(str(prefix), mmap=True)
+
+    @cached_property
+    def dataset(self) -> Any:
+        """megatron-core's IndexedDataset, opened at the first read: counting a corpus does not wait for its import."""
+        return indexed_dataset().IndexedDataset(str(self.prefix), mmap=True)
 
     @staticmethod
     def open(
@@ -53,7 +60,8 @@ class Corpus:
         vocabulary_size: int | None = None,
         tokenizer: str | Path | None = None,
     ) -> Corpus:
-        """Opens a folder written by `prepare` (then `split` is "train" or "validation") or a bare Megatron prefix (`split` is ignored).
+        """Opens a folder written by `prepare` (then `split` is "train" or "validation") or a bare Megatron prefix
+        (`split` is ignored).
 
         vocabulary_size, tokenizer: for a bare prefix only; without them ids are not checked and bytes not counted.
         Raises DataError (missing, truncated or inconsistent files) or ValueError (a split that was not prepared).
@@ -113,8 +121,9 @@ class Corpus:
             return
         first = int(np.argmax((ids >= self.vocabulary_size) | (ids < 0)))
         raise DataError(
-            f"{self.bin_path}: token id {int(ids[first])} at byte {offset + first * self.dtype.itemsize} is outside the vocabulary "
-            f"of {self.vocabulary_size}; if the file is damaged {REPAIR}; if it was written with another tokenizer, use that one"
+            f"{self.bin_path}: token id {int(ids[first])} at byte {offset + first * self.dtype.itemsize} is outside "
+            f"the vocabulary of {self.vocabulary_size}; if the file is damaged {REPAIR}; if it was written with another "
+            f"tokenizer, use that one"
         )
 
 

@@ -44,7 +44,7 @@ class Tokenizer:
 
     @cached_property
     def _space_ids(self) -> list[int]:
-        """Ids that spell U+2581 byte by byte, empty if the model has no byte pieces or puts a space before each text."""
+        """Ids that spell U+2581 byte by byte; empty if the model has no byte pieces or adds a space to each text."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_BYTES]
         prefixed = int(self.token_bytes[self._processor.encode("x")].sum()) != 1
         return ids if all(self._processor.is_byte(i) for i in ids) and not prefixed else []

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pretrain.data.batch import Batch, pack
+from pretrain.data.errors import UsageError
 from pretrain.data.order import Span, cut
 from pretrain.data.store import Corpus
 
@@ -14,12 +15,12 @@ from pretrain.data.store import Corpus
 class ValidationSet:
     """A fixed list of windows over a corpus; iterating yields this rank's Batches.
 
-    The stream of all documents in file order is cut as for training, but its remainder is kept as a last, shorter window. All ranks get
-    the same number of batches of the same shape [1, micro_batch * sequence_length]: what is missing is filled without targets.
-    limit: use only this many windows, spread evenly over the split.
+    The stream of all documents in file order is cut as for training, but its remainder is kept as a last, shorter
+    window. All ranks get the same number of batches of the same shape [1, micro_batch * sequence_length]: what is
+    missing is filled without targets. limit: use only this many windows, spread evenly over the split.
 
-    With bos before each document, every byte of the split is scored once: `bytes_scored` over all batches and ranks is then the size of
-    `validation_text.bin`.
+    With bos before each document, every byte of the split is scored once: `bytes_scored` over all batches and ranks
+    is then the size of `validation_text.bin`.
     """
 
     def __init__(
@@ -32,14 +33,14 @@ class ValidationSet:
         limit: int | None = None,
     ) -> None:
         if min(sequence_length, micro_batch, ranks) < 1 or not 0 <= rank < ranks:
-            raise ValueError(
-                f"sequence_length ({sequence_length}), micro_batch ({micro_batch}) and ranks ({ranks}) must be at least 1 "
-                f"and rank ({rank}) below ranks"
+            raise UsageError(
+                f"sequence_length ({sequence_length}), micro_batch ({micro_batch}) and ranks ({ranks}) must be at "
+                f"least 1 and rank ({rank}) below ranks"
             )
         if limit is not None and limit < 1:
-            raise ValueError(f"validation limit must be at least 1 window, got {limit}; leave it out to use all")
+            raise UsageError(f"validation limit must be at least 1 window, got {limit}; leave it out to use all")
         if corpus.tokens < 2:
-            raise ValueError(f"{corpus.prefix} has {corpus.tokens} tokens, nothing to predict: prepare more text")
+            raise UsageError(f"{corpus.prefix} has {corpus.tokens} tokens, nothing to predict: prepare more text")
         self.corpus = corpus
         self.sequence_length = sequence_length
         self.micro_batch = micro_batch

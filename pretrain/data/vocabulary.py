@@ -1,11 +1,12 @@
 """Training a SentencePiece model on a sample of the corpus.
 
-Byte-pair encoding (Sennrich, Haddow and Birch, ACL 2016) over unnormalised text with byte fallback. Two choices matter for source code
-(bytes per token on held-out Python standard library files, vocabulary 4096, 8 MB sample): text enters in blocks that keep their line
-breaks and may merge across scripts, so `self.assertEqual(` or `):\\n` become single pieces (3.32 -> 3.67), and the most frequent line
-breaks with the indentation after them are pieces from the start, because SentencePiece begins a new word at a space and could never
-merge the two (3.67 -> 3.76). 16 of them: 8 gave 3.752, 48 gave 3.754. Letting merges run across words gave 4.01, but a prompt that ends
-inside such a piece is then cut as the model never saw it.
+Byte-pair encoding (Sennrich, Haddow and Birch, ACL 2016) over unnormalised text with byte fallback. Two choices
+matter for source code (bytes per token on held-out Python standard library files, vocabulary 4096, 8 MB sample): text
+enters in blocks that keep their line breaks and may merge across scripts, so `self.assertEqual(` or `):\\n` become
+single pieces (3.32 -> 3.67), and the most frequent line breaks with the indentation after them are pieces from the
+start, because SentencePiece begins a new word at a space and could never merge the two (3.67 -> 3.76). 16 of them: 8
+gave 3.752, 48 gave 3.754. Letting merges run across words gave 4.01, but a prompt that ends inside such a piece is
+then cut as the model never saw it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ SMALLEST_VOCABULARY = 260
 
 
 def line_breaks(texts: Iterable[str]) -> list[str]:
-    """The line breaks, with the indentation that follows, that save most tokens as single pieces; SentencePiece spelling."""
+    """The line breaks, with the indentation that follows, that save most tokens as single pieces; SentencePiece
+    spelling.
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(_INDENT.findall(text))
@@ -42,7 +45,7 @@ def line_breaks(texts: Iterable[str]) -> list[str]:
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[str]:
-    # NUL makes the trainer drop its block, U+2581 would pass for a space; both are spelled in bytes when text is encoded.
+    # NUL makes the trainer drop its block, U+2581 would pass for a space; encoding spells both in bytes.
     for text in texts:
         clean = text.replace("\0", "").replace(SPACE, "")
         for start in range(0, len(clean), _BLOCK_CHARACTERS):
@@ -58,7 +61,8 @@ def train(texts: list[str], vocabulary: int, destination: Path) -> None:
 
     if vocabulary < SMALLEST_VOCABULARY:
         raise UsageError(
-            f"--vocabulary {vocabulary} is too small: 256 bytes and 3 control ids come first; use at least {SMALLEST_VOCABULARY}"
+            f"--vocabulary {vocabulary} is too small: 256 bytes and 3 control ids come first; "
+            f"use at least {SMALLEST_VOCABULARY}"
         )
     symbols = line_breaks(texts)
     # A vocabulary with little room keeps it for merges.
@@ -91,12 +95,14 @@ def _explain(message: str, vocabulary: int) -> Exception:
     most = re.search(r"value <= (\d+)", message)
     if most:
         return UsageError(
-            f"--vocabulary {vocabulary} is more than this text supports: use --vocabulary {most.group(1)} or less, or add text"
+            f"--vocabulary {vocabulary} is more than this text supports: use --vocabulary {most.group(1)} or less, "
+            f"or add text"
         )
     least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if least:
         return UsageError(
-            f"--vocabulary {vocabulary} cannot hold the characters of this text: use --vocabulary {int(least.group(1)) + 1} or more"
+            f"--vocabulary {vocabulary} cannot hold the characters of this text: "
+            f"use --vocabulary {int(least.group(1)) + 1} or more"
         )
     return DataError(
         f"SentencePiece could not train on this text: {message.strip()}; check that --input names text files"
