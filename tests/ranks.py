@@ -39,6 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = (
     "torch",
+    "torch._dynamo",  # optimizers and FSDP2 import it on first use
     "torch.distributed",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",

@@ -1,0 +1,181 @@
+"""A model and its optimizer as one flat dictionary of named tensors, and back.
+
+    model/<parameter or persistent buffer>
+    optimizer/<parameter>/<key>            exp_avg, exp_avg_sq, momentum_buffer, step, ...
+
+The names do not depend on how the model is wrapped, sharded or compiled, nor on the engine, so neither does a
+checkpoint. The tensors are the live ones (plain, or DTensor for a sharded parameter), so that loading is: make the
+dictionary, have it filled in place, and hand it to the `load_*` functions, which put back what was not a tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# What wrappers add to names: torch.compile, activation checkpointing, DistributedDataParallel (at the front only).
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+Optimizers = Optimizer | Iterable[Optimizer]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers have put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once (a tied one under its first name), by its name free of wrappers, in the model's order."""
+    _reshard(model)
+    for name, parameter in _root(model).named_parameters():
+        yield plain_name(name), parameter
+
+
+def _reshard(model: nn.Module) -> None:
+    # After a forward pass without backward (evaluation), FSDP2 may hold whole parameters in place of the sharded ones,
+    # and those are neither what the optimizer knows nor what stays.
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`model/<name>` -> every parameter and persistent buffer, detached and sharing memory with the model's own."""
+    tensors = {f"model/{name}": parameter.detach() for name, parameter in named_parameters(model)}
+    seen: set[int] = set()
+    for prefix, module in _root(model).named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            tensors["model/" + plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()
+    return tensors
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the model. Entries that share the model's memory (filled in place) are left alone.
+
+    Raises ValueError if a name of the model is absent from `tensors`; other names are not looked at.
+    """
+    own = model_tensors(model)
+    _require(own, tensors)
+    for name, tensor in own.items():
+        _copy(tensor, tensors[name])
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
+    """`optimizer/<parameter>/<key>` -> the optimizer's state, for every parameter that it updates.
+
+    optimizer: one, or several that share out the model's parameters. A parameter without state yet gets zero state
+    first, of the kind its optimizer makes, so that the names are the same before the first step and after it. Numbers
+    become tensors of zero dims (float64, int64 or bool); those are copies. Hyperparameters are not state: they come
+    from the configuration. Raises ValueError if the optimizer updates a parameter that the model does not have.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, state in _states(model, optimizer):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value.detach()
+            elif isinstance(value, (bool, int, float)):
+                tensors[f"optimizer/{name}/{key}"] = torch.tensor(value, dtype=_number_dtype(value))
+    return tensors
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: Optimizers, tensors: Mapping[str, Tensor]) -> None:
+    """Put `tensors` (from `optimizer_tensors`, filled since) back into the optimizer's state.
+
+    Raises ValueError if a name of the optimizer's state is absent from `tensors`; other names are not looked at.
+    """
+    _require(optimizer_tensors(model, optimizer), tensors)
+    for name, state in _states(model, optimizer):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                _copy(value, tensors[f"optimizer/{name}/{key}"])
+            elif isinstance(value, (bool, int, float)):
+                state[key] = type(value)(tensors[f"optimizer/{name}/{key}"].item())
+
+
+def _states(model: nn.Module, optimizer: Optimizers) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = {parameter: name for name, parameter in named_parameters(model)}
+    for one in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+        parameters = [p for group in one.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters:
+            if parameter not in names:
+                raise ValueError(
+                    f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that the model does not "
+                    "have: build the optimizer after the model has been sharded"
+                )
+        make_zero_state(one)
+        for parameter in parameters:
+            yield names[parameter], one.state[parameter]
+
+
+@torch.no_grad()
+def make_zero_state(optimizer: Optimizer) -> None:
+    """Give every parameter that has no optimizer state yet the state it would have had before the first step: zeros.
+
+    Only the optimizer knows its state, so it makes one step with zero gradients, zero learning rate and zero weight
+    decay on those parameters; then the new state is zeroed, the step count included. Collective if the optimizer's
+    step is. Right for optimizers whose state begins at zero (AdamW, LAMB, Muon, SGD with momentum and no dampening).
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    fresh = [p for p in parameters if not optimizer.state.get(p)]
+    if not fresh:
+        return
+    gradients = {p: p.grad for p in parameters}
+    settings: list[dict[str, Any]] = [
+        {key: group[key] for key in ("lr", "weight_decay") if key in group} for group in optimizer.param_groups
+    ]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in fresh:
+            parameter.grad = torch.zeros_like(parameter)
+        for group, setting in zip(optimizer.param_groups, settings):
+            for key, value in setting.items():
+                group[key] = torch.zeros_like(value) if isinstance(value, Tensor) else type(value)(0)
+        type(optimizer).step(optimizer)  # the class's own: a scheduler counts calls of the instance's
+    finally:
+        for group, setting in zip(optimizer.param_groups, settings):
+            group.update(setting)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+    for parameter in fresh:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif isinstance(value, (bool, int, float)):
+                optimizer.state[parameter][key] = type(value)(0)
+
+
+def _number_dtype(value: float) -> torch.dtype:
+    if isinstance(value, bool):
+        return torch.bool
+    return torch.int64 if isinstance(value, int) else torch.float64
+
+
+@torch.no_grad()
+def _copy(target: Tensor, source: Tensor) -> None:
+    if target is not source and not _same_memory(target, source):
+        target.copy_(source)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    local_a, local_b = (t.to_local() if hasattr(t, "to_local") else t for t in (a, b))
+    return local_a.numel() > 0 and local_a.data_ptr() == local_b.data_ptr() and local_a.device == local_b.device
+
+
+def _require(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    missing = sorted(own.keys() - given.keys())
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing: {', '.join(missing[:10])}")

@@ -1,0 +1,49 @@
+"""Files and folders that survive a power cut.
+
+A rename or a new file is only in the page cache until its *folder* is fsynced; fsync of the file alone saves the bytes
+but not the name. Every function here returns once both are on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: what was created in it, renamed or removed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader, or a power cut, meets the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.temporary")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically and durably. Floats come back bit for bit; NaN and infinities are allowed."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises ValueError naming the file if it is not JSON, OSError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # both decoding errors are ValueErrors
+        raise ValueError(f"{path} is damaged: {error}") from error

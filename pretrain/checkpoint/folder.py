@@ -1,0 +1,154 @@
+"""What is on disk: the names in a checkpoint folder, which checkpoints are complete, and which is the newest.
+
+    checkpoints/
+      step_00000100/              a committed checkpoint: it got this name by a rename, after every byte was on disk
+        meta.json                 written last: step, sequence, files with their sizes, and the training loop's own
+        state .metadata  __0_0.distcp   the tensors (storage.py)
+      step_00000100.2/            step 100 saved a second time (after a resume); it supersedes the first
+      latest                      text: the name of the newest; for people and scripts, nothing here depends on it
+      .step_00000200.x1y2.partial a save under way, or one whose job died; swept when the next job starts
+      .step_00000050.x1y2.trash   being deleted
+
+Newest means *committed last* (`sequence` in meta.json grows by one with each commit), not the highest step: a run that
+went back to an earlier step must go on from there. It is a count and not a time, so clocks do not matter.
+
+These functions only read. They see this machine's view of the disk: in a job, one rank asks and tells the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.durable import read_json
+from pretrain.checkpoint.errors import NoLoadableCheckpoint
+
+META = "meta.json"
+LATEST = "latest"
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
+_LEFTOVER = re.compile(r"\.step_.*\.(partial|trash)")
+
+
+def checkpoint_name(step: int, attempt: int = 1) -> str:
+    """step_00000100 for the first save of step 100, step_00000100.2 for the second."""
+    return f"step_{step:08d}" + (f".{attempt}" if attempt > 1 else "")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed checkpoint as found on disk. fault: why it cannot be loaded; "" for a complete one."""
+
+    path: Path
+    step: int
+    attempt: int
+    record: dict[str, Any]  # what meta.json holds; {} if it cannot be read
+    fault: str
+
+    @property
+    def sequence(self) -> int:
+        return int(self.record.get("sequence", -1))
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.record.get("files", {}).values())
+
+
+def inspect(path: Path) -> Entry | None:
+    """The checkpoint at `path`, complete or not; None if the name is not a checkpoint's. Reads meta.json and sizes."""
+    match = _NAME.fullmatch(path.name)
+    if match is None or not path.is_dir():
+        return None
+    step, attempt = int(match[1]), int(match[2] or 1)
+    try:
+        record = read_json(path / META)
+    except FileNotFoundError:
+        return Entry(path, step, attempt, {}, f"{META} is missing")
+    except (OSError, ValueError) as error:
+        return Entry(path, step, attempt, {}, str(error))
+    fault = _shape_of_record(record)
+    if fault:
+        return Entry(path, step, attempt, {}, f"{META} is damaged: {fault}")
+    return Entry(path, step, attempt, record, _sizes(path, record["files"]))
+
+
+def _shape_of_record(record: Any) -> str:
+    if not isinstance(record, dict):
+        return "not an object"
+    for key, kind in (
+        ("format", int),
+        ("step", int),
+        ("sequence", int),
+        ("world", int),
+        ("files", dict),
+        ("meta", dict),
+    ):
+        if not isinstance(record.get(key), kind):
+            return f"no valid {key!r}"
+    if record["format"] > FORMAT:
+        return f"format {record['format']} is newer than this program's {FORMAT}"
+    if not record["files"] or not all(isinstance(size, int) for size in record["files"].values()):
+        return "no valid 'files'"
+    return ""
+
+
+def _sizes(path: Path, files: dict[str, int]) -> str:
+    for name, size in sorted(files.items()):
+        try:
+            found = (path / name).stat().st_size
+        except OSError as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    return ""
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Every checkpoint in `folder`, newest first. Those whose meta.json is unreadable come first, by step."""
+    if not folder.is_dir():
+        return []
+    found = [entry for path in folder.iterdir() if (entry := inspect(path)) is not None]
+    return sorted(found, key=lambda e: (not e.record, e.sequence, e.step, e.attempt), reverse=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What dead jobs left in `folder`: saves that were not committed, deletions that were not finished."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name))
+
+
+def loadable(folder: Path, report: Callable[[str], None]) -> list[Entry]:
+    """The complete checkpoints in `folder`, newest first; [] if there never was one. Skipped ones get a line each.
+
+    Raises NoLoadableCheckpoint if there are, or were, checkpoints, and none is complete.
+    """
+    found = entries(folder)
+    for entry in found:
+        if entry.fault:
+            report(f"skipping checkpoint {entry.path}: {entry.fault}")
+    good = [entry for entry in found if not entry.fault]
+    if good:
+        return good
+    if found:
+        raise NoLoadableCheckpoint(
+            f"none of the {len(found)} checkpoints in {folder} is complete "
+            f"(newest: {found[0].path.name}: {found[0].fault}). "
+            "Restore one from a copy, or start another run folder."
+        )
+    if (folder / LATEST).exists():
+        # A pointer without anything to point at: the checkpoints were moved away, or are not visible from here.
+        raise NoLoadableCheckpoint(
+            f"{folder / LATEST} shows that checkpoints were written here, but there is none. "
+            "Bring them back, or remove that file to start from the beginning."
+        )
+    return []
+
+
+def resolve(path: Path) -> Path:
+    """The folder of checkpoints meant by `path`: itself, or its subfolder `checkpoints` if it is a run folder."""
+    inner = path / "checkpoints"
+    return inner if inner.is_dir() else path
