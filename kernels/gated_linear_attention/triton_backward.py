@@ -7,7 +7,8 @@ With S the state at the chunk's start, dS the gradient at its end, dA = tril(do 
     dg_t = sum_(i >= t) (q_i dq_i - k_i dk_i) + e^(G_C) <S, dS> + sum_i k_i (e^(G_C - G_i) v_i dS^T)
 
 (arXiv:2312.06635, appendix C, in a chunk-local form that needs no sum across chunks.) Products with dA are written with
-do v^T and with v do^T, so that no accumulator is ever transposed.
+do v^T and with v do^T, so that no accumulator is ever transposed. The V tiles are walked twice, first for dA, then for the
+products with the states: the second reading comes from a cache, and holding all four accumulators at once would spill.
 """
 
 from __future__ import annotations
@@ -18,6 +19,24 @@ import triton.language as tl
 from kernels.common.chunks import locate_chunk
 from kernels.gated_linear_attention.triton_gates import level_factors
 from kernels.gated_linear_attention.triton_output import scalar_decay
+
+
+@triton.jit
+def _score_gradients(
+    v, do, row, valid, HV: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """do v^T and its transpose v do^T, [BT, BT] fp32, not masked."""
+    dA = tl.zeros([BT, BT], dtype=tl.float32)
+    dA_t = tl.zeros([BT, BT], dtype=tl.float32)
+    for block_v in range((V + BV - 1) // BV):
+        vs = block_v * BV + tl.arange(0, BV)
+        at = row[:, None] * (HV * V) + vs[None, :]
+        mask = valid[:, None] & (vs < V)[None, :]
+        b_v = tl.load(v + at, mask=mask, other=0.0)
+        b_do = tl.load(do + at, mask=mask, other=0.0)
+        dA = tl.dot(b_do, tl.trans(b_v), dA, input_precision=PRECISION)
+        dA_t = tl.dot(b_v, tl.trans(b_do), dA_t, input_precision=PRECISION)
+    return dA, dA_t
 
 
 @triton.jit(do_not_specialize=["T", "scale", "tokens"])
@@ -44,31 +63,35 @@ def backward_kernel(
         rows = tl.minimum(length - chunk * BT, BT)
         row = tl.arange(0, BT)
         valid = row < rows
-        mask_k = valid[:, None] & (ks < K)[None, :]
         q += (token * H + hv // (HV // H)) * K
         k += (token * H + hv // (HV // H)) * K
         v += (token * HV + hv) * V
         do += (token * HV + hv) * V
         states += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
         dstates += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
-        b_q = tl.load(q + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
-        b_k = tl.load(k + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
         b_G = row * 0.0
         G_last = 0.0
         if GATE == 1:
             G += token * HV + hv
             b_G = tl.load(G + row * HV, mask=valid, other=0.0)
             G_last = tl.load(G + (rows - 1) * HV)
+
+        dA, dA_t = _score_gradients(v, do, row, valid, HV, V, BT, BV, PRECISION)
+        pairs = (dA * scalar_decay(b_G, b_G, row, row, rows, GATE, False)).to(q.dtype.element_ty)
+        decay_t = scalar_decay(b_G, b_G, row, row, rows, GATE, True) * scale
+        pairs_t = (dA_t * decay_t).to(q.dtype.element_ty)
+
+        mask_k = valid[:, None] & (ks < K)[None, :]
+        b_q = tl.load(q + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
+        b_k = tl.load(k + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
         if WITH_DV:
             weights = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-            weights = (weights * scalar_decay(b_G, b_G, row, row, rows, GATE, True) * scale).to(b_q.dtype)
+            weights = (weights * decay_t).to(b_q.dtype)
             decayed = b_k
             if GATE == 1:
                 decayed = (b_k.to(tl.float32) * tl.exp2(G_last - b_G)[:, None]).to(b_k.dtype)
         a_dq = tl.zeros([BT, BK], dtype=tl.float32)
         a_dk = tl.zeros([BT, BK], dtype=tl.float32)
-        dA = tl.zeros([BT, BT], dtype=tl.float32)
-        dA_t = tl.zeros([BT, BT], dtype=tl.float32)
         inner = tl.zeros([BK], dtype=tl.float32)
         for block_v in range((V + BV - 1) // BV):
             vs = block_v * BV + tl.arange(0, BV)
@@ -78,8 +101,6 @@ def backward_kernel(
             b_do = tl.load(do + row[:, None] * (HV * V) + vs[None, :], mask=mask_v, other=0.0)
             S = tl.load(states + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
             dS = tl.load(dstates + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
-            dA = tl.dot(b_do, tl.trans(b_v), dA, input_precision=PRECISION)
-            dA_t = tl.dot(b_v, tl.trans(b_do), dA_t, input_precision=PRECISION)
             a_dq = tl.dot(b_do.to(S.dtype), tl.trans(S), a_dq, input_precision=PRECISION)
             a_dk = tl.dot(b_v.to(S.dtype), tl.trans(dS), a_dk, input_precision=PRECISION)
             if GATE == 1:
@@ -93,10 +114,8 @@ def backward_kernel(
             a_dq *= tl.exp2(b_G)[:, None]
             a_dk *= tl.exp2(G_last - b_G)[:, None]
             at_end = tl.exp2(G_last) * tl.sum(inner) + tl.sum(a_dk * b_k.to(tl.float32))
-        dA *= scalar_decay(b_G, b_G, row, row, rows, GATE, False)
-        dA_t *= scalar_decay(b_G, b_G, row, row, rows, GATE, True) * scale
-        a_dq = tl.dot(dA.to(b_k.dtype), b_k, a_dq, input_precision=PRECISION) * scale
-        a_dk = tl.dot(dA_t.to(b_q.dtype), b_q, a_dk, input_precision=PRECISION)
+        a_dq = tl.dot(pairs, b_k, a_dq, input_precision=PRECISION) * scale
+        a_dk = tl.dot(pairs_t, b_q, a_dk, input_precision=PRECISION)
         at = (token * HV + hv) * K + row[:, None] * (HV * K) + ks[None, :]
         tl.store(dq + at, a_dq.to(dq.dtype.element_ty), mask=mask_k)
         tl.store(dk + at, a_dk.to(dk.dtype.element_ty), mask=mask_k)
@@ -128,7 +147,6 @@ def channel_backward_kernel(
         rows = tl.minimum(length - chunk * BT, BT)
         row = tl.arange(0, BT)
         valid = row < rows
-        mask_k = valid[:, None] & (ks < K)[None, :]
         q += (token * H + hv // (HV // H)) * K
         k += (token * H + hv // (HV // H)) * K
         G += (token * HV + hv) * K
@@ -136,10 +154,14 @@ def channel_backward_kernel(
         do += (token * HV + hv) * V
         states += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
         dstates += (tl.cast(slot, tl.int64) * HV + hv) * (K * V)
+
+        dA, dA_t = _score_gradients(v, do, row, valid, HV, V, BT, BV, PRECISION)
+        diagonal = tl.sum(tl.where(row[:, None] == row[None, :], dA, 0.0), axis=1)[:, None]
+        dA = dA.to(q.dtype.element_ty)
+        dA_t = dA_t.to(q.dtype.element_ty)
+
         a_dq = tl.zeros([BT, BK], dtype=tl.float32)
         a_dk = tl.zeros([BT, BK], dtype=tl.float32)
-        dA = tl.zeros([BT, BT], dtype=tl.float32)
-        dA_t = tl.zeros([BT, BT], dtype=tl.float32)
         inner = tl.zeros([BK], dtype=tl.float32)
         for block_v in range((V + BV - 1) // BV):
             vs = block_v * BV + tl.arange(0, BV)
@@ -149,11 +171,11 @@ def channel_backward_kernel(
             b_do = tl.load(do + row[:, None] * (HV * V) + vs[None, :], mask=mask_v, other=0.0)
             S = tl.load(states + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
             dS = tl.load(dstates + ks[:, None] * V + vs[None, :], mask=mask_s, other=0.0)
-            dA = tl.dot(b_do, tl.trans(b_v), dA, input_precision=PRECISION)
-            dA_t = tl.dot(b_v, tl.trans(b_do), dA_t, input_precision=PRECISION)
             a_dq = tl.dot(b_do.to(S.dtype), tl.trans(S), a_dq, input_precision=PRECISION)
             a_dk = tl.dot(b_v.to(S.dtype), tl.trans(dS), a_dk, input_precision=PRECISION)
             inner += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+
+        mask_k = valid[:, None] & (ks < K)[None, :]
         b_q = tl.load(q + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
         b_k = tl.load(k + row[:, None] * (H * K) + ks[None, :], mask=mask_k, other=0.0)
         b_G = tl.load(G + row[:, None] * (HV * K) + ks[None, :], mask=mask_k, other=0.0)
@@ -161,19 +183,18 @@ def channel_backward_kernel(
         a_dq *= tl.exp2(b_G)
         a_dk *= tl.exp2(last[None, :] - b_G)
         at_end = tl.exp2(last) * inner + tl.sum(a_dk * b_k.to(tl.float32), axis=0)
-        diagonal = tl.sum(tl.where(row[:, None] == row[None, :], dA, 0.0), axis=1)[:, None]
         a_dq += diagonal * b_k.to(tl.float32)
         a_dk += diagonal * b_q.to(tl.float32) * scale
-        for level in tl.static_range(LEVELS):
+        for level in tl.range(LEVELS, num_stages=1):
             upper, factor = level_factors(b_G, G, row, ks, rows, level, HV, K)
-            left = tl.where(upper[:, None], b_q.to(tl.float32) * factor, 0.0).to(b_q.dtype)
-            right = tl.where(upper[:, None], 0.0, b_k.to(tl.float32) * factor).to(b_k.dtype)
             # Keep the pairs of one block: later token in its upper half, earlier one in its lower half.
             same = (row[:, None] >> (level + 1)) == (row[None, :] >> (level + 1))
+            right = tl.where(upper[:, None], 0.0, b_k.to(tl.float32) * factor).to(b_k.dtype)
             pairs = tl.where(same & upper[:, None], dA, 0.0).to(b_k.dtype)
             a_dq += tl.dot(pairs, right, input_precision=PRECISION) * factor
+            left = tl.where(upper[:, None], b_q.to(tl.float32) * (factor * scale), 0.0).to(b_q.dtype)
             pairs = tl.where(same & upper[None, :] & ((row & (1 << level)) == 0)[:, None], dA_t, 0.0).to(b_q.dtype)
-            a_dk += tl.dot(pairs, left, input_precision=PRECISION) * factor * scale
+            a_dk += tl.dot(pairs, left, input_precision=PRECISION) * factor
         a_dq *= scale
         at = (token * HV + hv) * K + row[:, None] * (HV * K) + ks[None, :]
         tl.store(dq + at, a_dq.to(dq.dtype.element_ty), mask=mask_k)

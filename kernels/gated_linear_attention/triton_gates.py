@@ -95,7 +95,7 @@ def prepare_kernel(
             if SCORES:
                 diagonal = tl.sum(f_q * f_k, axis=1)
                 scores += tl.where(row[:, None] == row[None, :], diagonal[:, None], 0.0)
-                for level in tl.static_range(LEVELS):
+                for level in tl.range(LEVELS, num_stages=1):
                     upper, factor = level_factors(b_G, G, row, ks, rows, level, HV, K)
                     left = tl.where(upper[:, None], f_q * factor, 0.0).to(b_q.dtype)
                     right = tl.where(upper[:, None], 0.0, f_k * factor).to(b_k.dtype)

@@ -10,9 +10,9 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "gla_decay": {"generic": {"BK": 64, "num_warps": 4, "num_stages": 1}},
     "gla_scan": {"generic": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}, "gfx942": _AMD, "gfx950": _AMD},
     "gla_output": {"generic": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}, "gfx942": _AMD, "gfx950": _AMD},
-    "gla_backward": {"generic": {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 1}, "gfx942": _AMD, "gfx950": _AMD},
+    "gla_backward": {"generic": {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1}, "gfx942": _AMD, "gfx950": _AMD},
     "gla_channel_backward": {
-        "generic": {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 1},
+        "generic": {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
         "gfx942": _AMD,
         "gfx950": _AMD,
     },
