@@ -16,10 +16,12 @@ import triton
 from torch import Tensor
 
 from kernels.common.chunks import Chunks, dense_chunks, packed_chunks
+from kernels.common.tiles import descriptor, descriptors_pay
 from kernels.delta_rule.triton_backward import gradients_kernel
 from kernels.delta_rule.triton_launch import chunk_size, launch, precision
 from kernels.delta_rule.triton_prepare import prepare_kernel
 from kernels.delta_rule.triton_state import scan_backward_kernel, scan_forward_kernel
+from kernels.tuning import Use
 
 
 def delta_rule_triton(
@@ -56,18 +58,20 @@ class Shape:
     chunks: Chunks
     scale: float
 
+    descriptors: bool  # tiles are read through tensor descriptors
+
     @property
-    def total(self) -> int:
-        return self.B * self.T
+    def BK(self) -> int:
+        """K filled up to a tile."""
+        return triton.next_power_of_2(max(self.K, 16))
+
+    def tile(self, heads: int, *dims: int) -> tuple[int, ...]:
+        return (self.chunks.count, heads, *dims)
 
     @property
     def keys(self) -> dict[str, int]:
         """What a tuning table may ask about."""
         return {"K": self.K, "V": self.V, "gate": self.gate, "T": self.T, "heads": self.chunks.sequences * self.HV}
-
-    @property
-    def tables(self) -> dict[str, Tensor | None]:
-        return {"cu_seqlens": self.chunks.cu_seqlens}
 
 
 def _shape(q: Tensor, v: Tensor, g: Tensor | None, scale: float, cu_seqlens: Tensor | None) -> Shape:
@@ -75,7 +79,7 @@ def _shape(q: Tensor, v: Tensor, g: Tensor | None, scale: float, cu_seqlens: Ten
     HV, V = v.shape[2:]
     size = chunk_size(T, K, q.dtype)
     chunks = dense_chunks(B, T, size) if cu_seqlens is None else packed_chunks(cu_seqlens, T, size)
-    return Shape(B, T, H, HV, K, V, 0 if g is None else g.dim() - 2, chunks, scale)
+    return Shape(B, T, H, HV, K, V, 0 if g is None else g.dim() - 2, chunks, scale, descriptors_pay(q.device))
 
 
 @dataclass(frozen=True)
@@ -96,22 +100,19 @@ class Prepared:
 
 def _prepare(s: Shape, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, normalize: bool) -> Prepared:
     C = s.chunks.size
-    tile = (s.B, s.T, s.HV, C)
-    inverse, attention = q.new_empty(tile), q.new_empty(tile)
-    rates = q.new_empty(s.HV, s.total, dtype=torch.float32)
+    inverse, attention = (q.new_empty(s.tile(s.HV, C, C)) for _ in range(2))
+    rates = q.new_empty(s.tile(s.HV, C), dtype=torch.float32)
     cumulative = torch.empty_like(rates) if s.gate == 1 else None
-    q_unit = k_unit = q_factor = k_factor = None
-    if normalize:
-        q_unit, k_unit = torch.empty_like(q), torch.empty_like(k)
-        q_factor = q.new_empty(s.H, s.total, dtype=torch.float32)
-        k_factor = torch.empty_like(q_factor)
+    q_in, k_in = (q.new_empty(s.tile(s.H, C, s.BK)) for _ in range(2))
+    q_factor = q.new_empty(s.tile(s.H, C), dtype=torch.float32) if normalize else None
+    k_factor = torch.empty_like(q_factor) if q_factor is not None else None
     prepare_kernel[(s.HV, s.chunks.count)](
         q,
         k,
         beta,
         g,
-        q_unit,
-        k_unit,
+        q_in,
+        k_in,
         q_factor,
         k_factor,
         rates,
@@ -122,42 +123,47 @@ def _prepare(s: Shape, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, nor
         s.chunks.indices,
         s.scale,
         s.T,
-        s.total,
         H=s.H,
         HV=s.HV,
         K=s.K,
         BT=C,
-        BK=triton.next_power_of_2(max(s.K, 16)),
+        BK=s.BK,
         GATED=s.gate == 1,
         NORMALIZE=normalize,
         PACKED=s.chunks.packed,
         PRECISION=precision(q, "inverse"),
         **launch("delta_rule_prepare", q, **s.keys),
     )
-    q_in, k_in = (q_unit, k_unit) if q_unit is not None and k_unit is not None else (q, k)
     return Prepared(q_in, k_in, k_in, rates, cumulative, None, inverse, attention, q_factor, k_factor)
+
+
+def _v_block(s: Shape, use: Use) -> tuple[int, bool]:
+    """Values a program holds, and whether it may read tiles through descriptors: they cannot mask a part of a head."""
+    block = min(use.pop("BV"), triton.next_power_of_2(max(s.V, 16)))
+    return block, s.descriptors and s.V % block == 0
 
 
 def _scan_forward(
     s: Shape, p: Prepared, v: Tensor, initial: Tensor | None, *, output: bool, keep: bool, final: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(o, final state, chunk states, V_new), those asked for."""
+    C = s.chunks.size
     o = torch.empty_like(v) if output else None
-    states = v.new_empty(s.chunks.count, s.HV, s.V, s.K) if keep else None
-    v_new = torch.empty_like(v) if keep else None
+    states = v.new_empty(s.tile(s.HV, s.V, s.BK)) if keep else None
+    v_new = v.new_empty(s.tile(s.HV, s.V, C)) if keep else None
     end = v.new_empty(s.chunks.sequences, s.HV, s.K, s.V, dtype=torch.float32) if final else None
     use = launch("delta_rule_scan_forward", v, **s.keys)
-    use["BV"] = min(use["BV"], triton.next_power_of_2(max(s.V, 16)))
-    scan_forward_kernel[(triton.cdiv(s.V, use["BV"]) * s.HV * s.chunks.sequences,)](
-        p.q_in,
-        p.k_in,
-        p.k_out,
-        v,
+    BV, through = _v_block(s, use)
+    scan_forward_kernel[(triton.cdiv(s.V, BV) * s.HV * s.chunks.sequences,)](
+        descriptor(p.q_in, s.BK, (C, s.BK), through),
+        descriptor(p.k_in, s.BK, (C, s.BK), through),
+        descriptor(p.k_out, s.BK, (C, s.BK), through),
+        descriptor(v, s.HV * s.V, (C, BV), through),
         p.rates,
         p.cumulative,
         p.ends,
-        p.inverse,
-        p.attention,
+        descriptor(p.inverse, C, (C, C), through),
+        descriptor(p.attention, C, (C, C), through),
         o,
         states,
         v_new,
@@ -167,19 +173,20 @@ def _scan_forward(
         s.chunks.offsets,
         s.scale,
         s.T,
-        s.total,
         H=s.H,
         HV=s.HV,
         K=s.K,
         V=s.V,
-        BT=s.chunks.size,
-        BK=triton.next_power_of_2(max(s.K, 16)),
+        BT=C,
+        BK=s.BK,
+        BV=BV,
         GATE=s.gate,
         OUTPUT=output,
         KEEP=keep,
         INITIAL=initial is not None,
         FINAL=final,
         PACKED=s.chunks.packed,
+        DESCRIPTOR=through,
         PRECISION=precision(v, "state"),
         **use,
     )
@@ -190,21 +197,22 @@ def _scan_backward(
     s: Shape, p: Prepared, do: Tensor, d_final: Tensor | None, *, initial: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(gradients of the chunks' end states, of the triangular systems' right-hand sides, of the initial state)."""
-    d_states = do.new_empty(s.chunks.count, s.HV, s.V, s.K)
-    d_error = torch.empty_like(do)
+    C = s.chunks.size
+    d_states = do.new_empty(s.tile(s.HV, s.V, s.BK))
+    d_error = do.new_empty(s.tile(s.HV, s.V, C))
     d_initial = do.new_empty(s.chunks.sequences, s.HV, s.K, s.V, dtype=torch.float32) if initial else None
     use = launch("delta_rule_scan_backward", do, **s.keys)
-    use["BV"] = min(use["BV"], triton.next_power_of_2(max(s.V, 16)))
-    scan_backward_kernel[(triton.cdiv(s.V, use["BV"]) * s.HV * s.chunks.sequences,)](
-        p.q_in,
-        p.k_in,
-        p.k_out,
-        do,
+    BV, through = _v_block(s, use)
+    scan_backward_kernel[(triton.cdiv(s.V, BV) * s.HV * s.chunks.sequences,)](
+        descriptor(p.q_in, s.BK, (C, s.BK), through),
+        descriptor(p.k_in, s.BK, (C, s.BK), through),
+        descriptor(p.k_out, s.BK, (C, s.BK), through),
+        descriptor(do, s.HV * s.V, (C, BV), through),
         p.rates,
         p.cumulative,
         p.ends,
-        p.inverse,
-        p.attention,
+        descriptor(p.inverse, C, (C, C), through),
+        descriptor(p.attention, C, (C, C), through),
         d_states,
         d_error,
         d_final,
@@ -213,17 +221,18 @@ def _scan_backward(
         s.chunks.offsets,
         s.scale,
         s.T,
-        s.total,
         H=s.H,
         HV=s.HV,
         K=s.K,
         V=s.V,
-        BT=s.chunks.size,
-        BK=triton.next_power_of_2(max(s.K, 16)),
+        BT=C,
+        BK=s.BK,
+        BV=BV,
         GATE=s.gate,
         INITIAL=initial,
         FINAL=d_final is not None,
         PACKED=s.chunks.packed,
+        DESCRIPTOR=through,
         PRECISION=precision(do, "state"),
         **use,
     )
@@ -258,19 +267,20 @@ class _DeltaRule(torch.autograd.Function):
         dv = torch.empty_like(v)
         dbeta = v.new_empty(s.B, s.T, s.HV, dtype=ctx.dtypes[0])
         dg = v.new_empty(s.B, s.T, s.HV, dtype=ctx.dtypes[1]) if s.gate == 1 else None
+        C = s.chunks.size
         use = launch("delta_rule_gradients", v, **s.keys)
-        use["BV"] = min(use["BV"], triton.next_power_of_2(max(s.V, 16)))
+        BV, through = _v_block(s, use)
         gradients_kernel[(s.HV, s.chunks.count)](
-            q_in,
-            k_in,
-            v,
-            do,
+            descriptor(q_in, s.BK, (C, s.BK), through),
+            descriptor(k_in, s.BK, (C, s.BK), through),
+            descriptor(v, s.HV * s.V, (C, BV), through),
+            descriptor(do, s.HV * s.V, (C, BV), through),
             rates,
             cumulative,
-            states,
-            d_states,
-            v_new,
-            d_error,
+            descriptor(states, s.BK, (BV, s.BK), through),
+            descriptor(d_states, s.BK, (BV, s.BK), through),
+            descriptor(v_new, C, (BV, C), through),
+            descriptor(d_error, C, (BV, C), through),
             q_factor,
             k_factor,
             dq,
@@ -282,16 +292,17 @@ class _DeltaRule(torch.autograd.Function):
             s.chunks.indices,
             s.scale,
             s.T,
-            s.total,
             H=s.H,
             HV=s.HV,
             K=s.K,
             V=s.V,
-            BT=s.chunks.size,
-            BK=triton.next_power_of_2(max(s.K, 16)),
+            BT=C,
+            BK=s.BK,
+            BV=BV,
             GATED=s.gate == 1,
             NORMALIZE=ctx.normalize,
             PACKED=s.chunks.packed,
+            DESCRIPTOR=through,
             PRECISION=precision(v, "fast"),
             **use,
         )

@@ -23,21 +23,22 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import load_tile, load_tile_masked
 
 
-@triton.jit(do_not_specialize=["T", "total"])
+@triton.jit(do_not_specialize=["T"])
 def gradients_kernel(
-    q,  # [total, H, K], of unit length if NORMALIZE
-    k,
+    q_in,  # [slots, H, BT, BK], of unit length if NORMALIZE
+    k_in,
     v,  # [total, HV, V]
     do,  # [total, HV, V]
-    rates,  # [HV, total] fp32: beta
-    cumulative,  # [HV, total] fp32, log2 units, if GATED
-    states,  # [chunks, HV, V, K]: S' at the start of each chunk
-    d_states,  # [chunks, HV, V, K]: gradient of S' at the end of each chunk
-    v_new,  # [total, HV, V]
-    d_error,  # [total, HV, V]
-    q_factor,  # [H, total] fp32, if NORMALIZE
+    rates,  # [slots, HV, BT] fp32: beta
+    cumulative,  # [slots, HV, BT] fp32, log2 units, if GATED
+    states,  # [slots, HV, V, BK]: S' at the start of each chunk
+    d_states,  # [slots, HV, V, BK]: gradient of S' at the end of each chunk
+    v_new,  # [slots, HV, V, BT]
+    d_error,  # [slots, HV, V, BT]
+    q_factor,  # [slots, H, BT] fp32, if NORMALIZE
     k_factor,
     dq,  # [total, HV, K] out
     dk,  # [total, HV, K] out
@@ -48,7 +49,6 @@ def gradients_kernel(
     indices,
     scale,
     T,
-    total,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -59,6 +59,7 @@ def gradients_kernel(
     GATED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     hv = tl.program_id(0)
@@ -69,16 +70,12 @@ def gradients_kernel(
     h = hv // (HV // H)
     left = length - chunk * BT
     first = begin + chunk * BT
+    by_head = tl.cast(slot, tl.int64) * HV + hv
+    by_key_head = tl.cast(slot, tl.int64) * H + h
     row = tl.arange(0, BT)
     live = row < left
     channel = tl.arange(0, BK)
-    mask_k = live[:, None] & (channel < K)[None, :]
-
-    by_head = hv * tl.cast(total, tl.int64) + first
-    b_beta = tl.load(rates + by_head + row, mask=live, other=0.0)
-    states += (tl.cast(slot, tl.int64) * HV + hv) * K * V
-    d_states += (tl.cast(slot, tl.int64) * HV + hv) * K * V
-    by_value = (first * HV + hv) * V
+    b_beta = tl.load(rates + by_head * BT + row)
 
     d_scores = tl.zeros([BT, BT], dtype=tl.float32)
     d_scores_t = tl.zeros([BT, BT], dtype=tl.float32)
@@ -89,42 +86,46 @@ def gradients_kernel(
     b_y = tl.zeros([BT, BK], dtype=tl.float32)
     b_dbeta = tl.zeros([BT], dtype=tl.float32)
     overlap = tl.zeros([BV], dtype=tl.float32)
+    within = tl.arange(0, BV)
+    at_v = row[:, None] * (HV * V) + within[None, :]
+    at_s = within[:, None] * BK + channel[None, :]
+    at_new = within[:, None] * BT + row[None, :]
     for i_v in range(tl.cdiv(V, BV)):
-        value = i_v * BV + tl.arange(0, BV)
-        at_v = by_value + row[:, None] * (HV * V) + value[None, :]
-        mask_v = live[:, None] & (value < V)[None, :]
-        at_s = value[:, None] * K + channel[None, :]
-        mask_s = (value < V)[:, None] & (channel < K)[None, :]
-        b_do = tl.load(do + at_v, mask=mask_v, other=0.0)
-        b_new = tl.load(v_new + at_v, mask=mask_v, other=0.0)
-        b_x = tl.load(d_error + at_v, mask=mask_v, other=0.0)
-        b_v = tl.load(v + at_v, mask=mask_v, other=0.0)
-        b_s = tl.load(states + at_s, mask=mask_s, other=0.0)
-        b_ds = tl.load(d_states + at_s, mask=mask_s, other=0.0)
+        start = i_v * BV
+        inside = within < V - start
+        mask_v = live[:, None] & inside[None, :]
+        b_do = load_tile_masked(do, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
+        b_v = load_tile_masked(v, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
+        row_v = by_head * V + start
+        b_new = load_tile_masked(v_new, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_x = load_tile_masked(d_error, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_s = load_tile_masked(states, row_v, 0, at_s, inside[:, None], BK, DESCRIPTOR)
+        b_ds = load_tile_masked(d_states, row_v, 0, at_s, inside[:, None], BK, DESCRIPTOR)
         # Each square tile is made twice, once transposed: transposing a product is what some Triton versions got wrong.
-        d_scores = tl.dot(b_do, tl.trans(b_new), acc=d_scores, input_precision=PRECISION)
-        d_scores_t = tl.dot(b_new, tl.trans(b_do), acc=d_scores_t, input_precision=PRECISION)
-        d_lower = tl.dot(b_x, tl.trans(b_new), acc=d_lower, input_precision=PRECISION)
-        d_lower_t = tl.dot(b_new, tl.trans(b_x), acc=d_lower_t, input_precision=PRECISION)
+        d_scores = tl.dot(b_do, b_new, acc=d_scores, input_precision=PRECISION)
+        d_scores_t = tl.dot(tl.trans(b_new), tl.trans(b_do), acc=d_scores_t, input_precision=PRECISION)
+        d_lower = tl.dot(tl.trans(b_x), b_new, acc=d_lower, input_precision=PRECISION)
+        d_lower_t = tl.dot(tl.trans(b_new), b_x, acc=d_lower_t, input_precision=PRECISION)
         b_dq = tl.dot(b_do, b_s, acc=b_dq, input_precision=PRECISION)
-        b_dk = tl.dot(b_new, b_ds, acc=b_dk, input_precision=PRECISION)
-        b_y = tl.dot(b_x, b_s, acc=b_y, input_precision=PRECISION)
-        wide_x = b_x.to(tl.float32)
+        b_dk = tl.dot(tl.trans(b_new), b_ds, acc=b_dk, input_precision=PRECISION)
+        b_y = tl.dot(tl.trans(b_x), b_s, acc=b_y, input_precision=PRECISION)
+        wide_x = tl.trans(b_x).to(tl.float32)
         b_dbeta += tl.sum(wide_x * b_v.to(tl.float32), axis=1)
         if GATED:
             overlap += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
-        tl.store(dv + at_v, (wide_x * b_beta[:, None]).to(dv.dtype.element_ty), mask=mask_v)
+        to = dv + first * (HV * V) + hv * V + start + at_v
+        tl.store(to, (wide_x * b_beta[:, None]).to(dv.dtype.element_ty), mask=mask_v)
 
-    at_k = row[:, None] * (H * K) + channel[None, :]
-    b_k = tl.load(k + (first * H + h) * K + at_k, mask=mask_k, other=0.0)
-    b_q = tl.load(q + (first * H + h) * K + at_k, mask=mask_k, other=0.0)
+    at_k = row[:, None] * BK + channel[None, :]
+    b_k = load_tile(k_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
+    b_q = load_tile(q_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
     wide_k = b_k.to(tl.float32)
     lower = row[:, None] > row[None, :]
     upper = row[:, None] < row[None, :]
     ends_gradient = 0.0
     if GATED:
-        b_g = tl.load(cumulative + by_head + row, mask=live, other=0.0)
-        end = tl.load(cumulative + by_head + tl.minimum(BT, left) - 1)
+        b_g = tl.load(cumulative + by_head * BT + row)
+        end = tl.load(cumulative + by_head * BT + BT - 1)
         decay = tl.exp2(tl.where(lower, b_g[:, None] - b_g[None, :], 0.0))
         decay_t = tl.exp2(tl.where(upper, b_g[None, :] - b_g[:, None], 0.0))
         d_scores *= decay
@@ -134,7 +135,7 @@ def gradients_kernel(
         from_start = tl.exp2(b_g)
         b_dq *= from_start[:, None]
         b_y *= from_start[:, None]
-        b_dk *= tl.exp2(tl.where(live, end - b_g, 0.0))[:, None]
+        b_dk *= tl.exp2(end - b_g)[:, None]
         ends_gradient = tl.sum(tl.sum(b_dk * wide_k, axis=1), axis=0) + tl.exp2(end) * tl.sum(overlap, axis=0)
     # dL = -X V_new^T carries a minus sign. It is taken up here, by subtracting.
     b_y = tl.dot(tl.where(lower, -d_lower, 0.0).to(b_k.dtype), b_k, acc=-b_y, input_precision=PRECISION)
@@ -156,11 +157,11 @@ def gradients_kernel(
         tl.store(dg + first * HV + hv + row * HV, d_g.to(dg.dtype.element_ty), mask=live)
     if NORMALIZE:
         # y = x r with r = (sum x^2 + eps)^-1/2:  dx = r (dy - y <y, dy>), exact with eps.
-        by_key_head = h * tl.cast(total, tl.int64) + first
-        r_q = tl.load(q_factor + by_key_head + row, mask=live, other=0.0)
-        r_k = tl.load(k_factor + by_key_head + row, mask=live, other=0.0)
+        r_q = tl.load(q_factor + by_key_head * BT + row)
+        r_k = tl.load(k_factor + by_key_head * BT + row)
         b_dq = (b_dq - b_q.to(tl.float32) * along_q[:, None]) * r_q[:, None]
         b_dk = (b_dk - wide_k * along_k[:, None]) * r_k[:, None]
+    mask_k = live[:, None] & (channel < K)[None, :]
     at_out = (first * HV + hv) * K + row[:, None] * (HV * K) + channel[None, :]
     tl.store(dq + at_out, b_dq.to(dq.dtype.element_ty), mask=mask_k)
     tl.store(dk + at_out, b_dk.to(dk.dtype.element_ty), mask=mask_k)

@@ -1,0 +1,48 @@
+"""Tiles of two-dimensional tensors, read through pointers or through tensor descriptors.
+
+A descriptor leaves addresses, masks and the copy itself to the tensor memory accelerator of NVIDIA's Hopper and later: in
+a loop that holds several tiles this saves tens of registers per thread. Everywhere else plain pointers compile to better
+code. A kernel takes either form of the same argument and a constexpr that says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.architecture import architecture
+
+
+@triton.jit
+def load_tile(source, row, column, within, STRIDE: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """The tile at (row, column) of a [rows, STRIDE] tensor. within: offsets inside the tile, for pointers only."""
+    if DESCRIPTOR:
+        return source.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
+    else:
+        return tl.load(source + tl.cast(row, tl.int64) * STRIDE + column + within)
+
+
+@triton.jit
+def load_tile_masked(source, row, column, within, mask, STRIDE: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """As load_tile, but pointers read 0 where not `mask`. A descriptor reads what is there, or 0 outside the tensor."""
+    if DESCRIPTOR:
+        return source.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
+    else:
+        return tl.load(source + tl.cast(row, tl.int64) * STRIDE + column + within, mask=mask, other=0.0)
+
+
+def descriptors_pay(device: torch.device) -> bool:
+    """Whether the device has hardware behind descriptors."""
+    return architecture(device) in ("sm90", "sm100")
+
+
+def descriptor(x: torch.Tensor | None, width: int, block: Sequence[int], wanted: bool) -> object:
+    """x as a [rows, width] tensor, read in tiles of `block`: as a descriptor if wanted, else x itself, for its pointer."""
+    if x is None or not wanted:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], list(block))
