@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -53,13 +54,13 @@ def row(result: Result) -> tuple[str, ...]:
 
 
 def launch(result: Result) -> str:
-    """Warps and stages, then the blocks: w8 s2 BLOCK_V=64."""
+    """Warps and stages, then the blocks: w8 s2 BLOCK_V=64 (or BV=64)."""
     words = []
     for name, letter in (("num_warps", "w"), ("num_stages", "s")):
         if name in result.options:
             words.append(f"{letter}{result.options[name]}")
-    words += [f"{name}={value}" for name, value in result.constants.items() if name.startswith("BLOCK")]
-    return " ".join(words)
+    blocks = {name: value for name, value in result.constants.items() if re.fullmatch(r"BLOCK_?\w*|B[A-Z]", name)}
+    return " ".join(words + [f"{name}={value}" for name, value in blocks.items()])
 
 
 def _short(name: str) -> str:
@@ -93,15 +94,18 @@ def _rich(rows: Sequence[tuple[str, ...]], out: TextIO) -> bool:
 
 
 def print_problems(results: Sequence[Result], out: TextIO) -> int:
-    """Every fault in a sentence; returns how many results are at fault."""
+    """A line for each result at fault; returns how many."""
     faulty = [result for result in results if result.problems]
     for result in faulty:
         parts = (result.arch, result.op, result.kernel, result.case, launch(result))
         where = " / ".join(part for part in parts if part)
-        for kind, sentence in result.problems:
-            lines = sentence.strip().splitlines()
-            text = lines[0] if len(lines) == 1 else "\n    ".join(["", *lines[:30]])
-            print(f"FAULT {kind}: {where}: {text}", file=out)
+        # Of a compiler's error, the offending line and the message; all of it is in the JSON.
+        sentences = [
+            " ... ".join(line.strip() for line in sentence.strip().splitlines()[-3:] if line.strip(" ^"))
+            for _, sentence in result.problems
+        ]
+        kinds = ", ".join(dict.fromkeys(kind for kind, _ in result.problems))
+        print(f"FAULT ({kinds}) {where}: {'; '.join(sentences)}", file=out)
     return len(faulty)
 
 

@@ -3,23 +3,19 @@ them used."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import pkgutil
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import kernels
-from kernels import dispatch, tuning
+from kernels import tuning
 from kernels.architecture import Architecture, facts
-from kernels.dispatch import Form, Request
+from kernels.dispatch import Form
 from kernels.offline import figures as reader
+from kernels.offline.choice import Declined, triton_chosen
 from kernels.offline.figures import Figures
 from kernels.offline.requests import Case, cases
 from kernels.offline.trace import Launch, trace_call
@@ -41,10 +37,6 @@ class Result:
     problems: list[Problem] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
-
-
-class Declined(Exception):
-    """The Triton form has an objection to a request."""
 
 
 def operators() -> list[str]:
@@ -70,37 +62,6 @@ def triton_forms(op: str) -> list[Form]:
                 if isinstance(form, Form) and form.name == "triton":
                     found[(form.module, form.function)] = form
     return [form for form in found.values() if importlib.util.find_spec(form.module) is not None]
-
-
-@contextlib.contextmanager
-def triton_chosen() -> Iterator[None]:
-    """Within this context every operator takes its Triton form, if that form would serve the request on a GPU.
-
-    The public function is called rather than the form, so that the form gets exactly the arguments that it gets in use.
-    """
-
-    def choose(forms: Any, request: Request) -> Form:
-        on_gpu = dataclasses.replace(request, device=torch.device("cuda"))
-        for form in forms:
-            if form.name == "triton":
-                objection = form.why_not(on_gpu)
-                if objection is not None:
-                    raise Declined(objection)
-                return form
-        raise Declined("no Triton form")
-
-    changed = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("kernels.") and name != "kernels.dispatch" and vars(module).get("choose") is dispatch.choose
-    ]
-    for module in changed:
-        module.choose = choose  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.choose = dispatch.choose  # type: ignore[attr-defined]
 
 
 def sweep(op: str, arch_name: str) -> tuple[list[Result], set[str]]:
