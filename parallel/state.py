@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 # What wrappers add to names: torch.compile, activation checkpointing, DistributedDataParallel (at the front only).
@@ -126,7 +127,8 @@ def make_zero_state(optimizer: Optimizer) -> None:
 
     Only the optimizer knows its state, so it makes one step with zero gradients, zero learning rate and zero weight
     decay on those parameters; then the new state is zeroed, the step count included. Collective if the optimizer's
-    step is. Right for optimizers whose state begins at zero (AdamW, LAMB, Muon, SGD with momentum and no dampening).
+    step is. Right for optimizers whose state begins at zero (AdamW, LAMB, Muon, SGD with momentum and no dampening); raises
+    ValueError for one that shows another beginning (NAdam).
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     fresh = [p for p in parameters if not optimizer.state.get(p)]
@@ -151,11 +153,25 @@ def make_zero_state(optimizer: Optimizer) -> None:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
     for parameter in fresh:
-        for key, value in optimizer.state.get(parameter, {}).items():
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, (Tensor, bool, int, float)) and not _zero_but_for_a_count(value):
+                raise ValueError(
+                    f"{type(optimizer).__name__} does not begin with zero state (its {key} is something else), so it "
+                    "cannot be checkpointed before its first step; use AdamW, or another optimizer that does"
+                )
             if isinstance(value, Tensor):
                 value.zero_()
             elif isinstance(value, (bool, int, float)):
-                optimizer.state[parameter][key] = type(value)(0)
+                state[key] = type(value)(0)
+
+
+def _zero_but_for_a_count(value: Tensor | float) -> bool:
+    """True if nothing but counting can have made `value` out of zero in one step without gradient."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        local = value.to_local() if isinstance(value, DTensor) else value
+        return not local.any()
+    return float(value) in (0.0, 1.0)
 
 
 def _number_dtype(value: float) -> torch.dtype:
@@ -171,7 +187,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    local_a, local_b = (t.to_local() if hasattr(t, "to_local") else t for t in (a, b))
+    local_a, local_b = (t.to_local() if isinstance(t, DTensor) else t for t in (a, b))
     return local_a.numel() > 0 and local_a.data_ptr() == local_b.data_ptr() and local_a.device == local_b.device
 
 

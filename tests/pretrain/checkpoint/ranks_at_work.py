@@ -162,7 +162,7 @@ def misfit(rank: int, world: int, folder: str) -> str:
     return ""
 
 
-def stay(folder: str, ready: str) -> None:
+def hold_lease(rank: int, world: int, folder: str, ready: str) -> None:
     """Hold the lease on a run folder until killed, with a forked worker that outlives its parent."""
     from pretrain.checkpoint.lease import Lease
 
@@ -171,7 +171,7 @@ def stay(folder: str, ready: str) -> None:
         if worker == 0:
             time.sleep(30)
             os._exit(0)
-        Path(ready).write_text(str(worker))
+        Path(ready).write_text(f"{os.getpid()} {worker} .")
         time.sleep(30)
 
 

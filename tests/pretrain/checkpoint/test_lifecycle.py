@@ -60,18 +60,25 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).resume({}) is None
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint of step 3 by two ranks, its tensors, and the tensors of step 5 of a run that never stopped."""
+    folder = tmp_path_factory.mktemp("two")
+    saved = run_ranks(work.save, 2, str(folder), 3)
+    return folder, saved[0][0], run_ranks(work.save, 2, str(folder / "straight"), 5)[0][0]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_fsdp_on_two_ranks_loads_bit_for_bit_on_any_number(tmp_path: Path, world: int) -> None:
-    saved = run_ranks(work.save, 2, str(tmp_path), 3)
-    straight = run_ranks(work.save, world, str(tmp_path / "straight"), 5)[0][0]
-    assert saved[0][1] == "step_00000003"
-    assert float(saved[0][0]["optimizer/first.weight/step"]) == 3 and saved[0][0]["model/count"].tolist() == [3, 3]
-    results = run_ranks(work.resume, world, str(tmp_path), 2)
-    for rank, (step, meta, per_rank, loaded, after, lines) in enumerate(results):
+def test_fsdp_on_two_ranks_loads_bit_for_bit_on_any_number(
+    two_ranks: tuple[Path, dict[str, Tensor], dict[str, Tensor]], world: int
+) -> None:
+    folder, saved, straight = two_ranks
+    assert float(saved["optimizer/first.weight/step"]) == 3 and saved["model/count"].tolist() == [3, 3]
+    for rank, (step, meta, per_rank, loaded, after, lines) in enumerate(run_ranks(work.resume, world, str(folder), 2)):
         assert (step, meta) == (3, {"step": 3, "lr": 0.1})
-        assert equal(loaded, saved[0][0])
+        assert equal(loaded, saved)
         for name, tensor in after.items():
-            # Three of the five steps were averaged over two ranks: equal on two, to rounding elsewhere.
+            # Gradients are averaged over ranks: the same bits on as many ranks, rounded otherwise on others.
             torch.testing.assert_close(tensor, straight[name], rtol=0 if world == 2 else 1e-5, atol=1e-6 * (world != 2))
         if world == 2:
             assert per_rank is not None and per_rank["rng"].tolist() == [rank] and lines == []
