@@ -20,18 +20,20 @@ from kernels.architecture import architecture
 def load_tile(source, row, column, within, STRIDE: tl.constexpr, DESCRIPTOR: tl.constexpr):
     """The tile at (row, column) of a [rows, STRIDE] tensor. within: offsets inside the tile, for pointers only."""
     if DESCRIPTOR:
-        return source.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
+        tile = source.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
     else:
-        return tl.load(source + tl.cast(row, tl.int64) * STRIDE + column + within)
+        tile = tl.load(source + tl.cast(row, tl.int64) * STRIDE + column + within)
+    return tile
 
 
 @triton.jit
 def load_tile_masked(source, row, column, within, mask, STRIDE: tl.constexpr, DESCRIPTOR: tl.constexpr):
     """As load_tile, but pointers read 0 where not `mask`. A descriptor reads what is there, or 0 outside the tensor."""
     if DESCRIPTOR:
-        return source.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
+        tile = source.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
     else:
-        return tl.load(source + tl.cast(row, tl.int64) * STRIDE + column + within, mask=mask, other=0.0)
+        tile = tl.load(source + tl.cast(row, tl.int64) * STRIDE + column + within, mask=mask, other=0.0)
+    return tile
 
 
 def descriptors_pay(device: torch.device) -> bool:

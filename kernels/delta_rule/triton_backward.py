@@ -76,75 +76,86 @@ def gradients_kernel(
     live = row < left
     channel = tl.arange(0, BK)
     b_beta = tl.load(rates + by_head * BT + row)
-
-    d_scores = tl.zeros([BT, BT], dtype=tl.float32)
-    d_scores_t = tl.zeros([BT, BT], dtype=tl.float32)
-    d_lower = tl.zeros([BT, BT], dtype=tl.float32)
-    d_lower_t = tl.zeros([BT, BT], dtype=tl.float32)
-    b_dq = tl.zeros([BT, BK], dtype=tl.float32)
-    b_dk = tl.zeros([BT, BK], dtype=tl.float32)
-    b_y = tl.zeros([BT, BK], dtype=tl.float32)
-    b_dbeta = tl.zeros([BT], dtype=tl.float32)
-    overlap = tl.zeros([BV], dtype=tl.float32)
     within = tl.arange(0, BV)
     at_v = row[:, None] * (HV * V) + within[None, :]
     at_s = within[:, None] * BK + channel[None, :]
     at_new = within[:, None] * BT + row[None, :]
-    for i_v in range(tl.cdiv(V, BV)):
-        start = i_v * BV
+    at_k = row[:, None] * BK + channel[None, :]
+
+    # First the square tiles, so that they shrink to the operands' dtype before the wide accumulators need registers.
+    # Each is made twice, once transposed: transposing a product is what some versions of Triton got wrong.
+    d_scores = tl.zeros([BT, BT], dtype=tl.float32)
+    d_scores_t = tl.zeros([BT, BT], dtype=tl.float32)
+    d_lower = tl.zeros([BT, BT], dtype=tl.float32)
+    d_lower_t = tl.zeros([BT, BT], dtype=tl.float32)
+    b_dbeta = tl.zeros([BT], dtype=tl.float32)
+    for start in range(0, V, BV):
         inside = within < V - start
         mask_v = live[:, None] & inside[None, :]
         b_do = load_tile_masked(do, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
         b_v = load_tile_masked(v, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
-        row_v = by_head * V + start
-        b_new = load_tile_masked(v_new, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
-        b_x = load_tile_masked(d_error, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
-        b_s = load_tile_masked(states, row_v, 0, at_s, inside[:, None], BK, DESCRIPTOR)
-        b_ds = load_tile_masked(d_states, row_v, 0, at_s, inside[:, None], BK, DESCRIPTOR)
-        # Each square tile is made twice, once transposed: transposing a product is what some Triton versions got wrong.
+        b_new = load_tile_masked(v_new, by_head * V + start, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_x = load_tile_masked(d_error, by_head * V + start, 0, at_new, inside[:, None], BT, DESCRIPTOR)
         d_scores = tl.dot(b_do, b_new, acc=d_scores, input_precision=PRECISION)
         d_scores_t = tl.dot(tl.trans(b_new), tl.trans(b_do), acc=d_scores_t, input_precision=PRECISION)
         d_lower = tl.dot(tl.trans(b_x), b_new, acc=d_lower, input_precision=PRECISION)
         d_lower_t = tl.dot(tl.trans(b_new), b_x, acc=d_lower_t, input_precision=PRECISION)
-        b_dq = tl.dot(b_do, b_s, acc=b_dq, input_precision=PRECISION)
-        b_dk = tl.dot(tl.trans(b_new), b_ds, acc=b_dk, input_precision=PRECISION)
-        b_y = tl.dot(tl.trans(b_x), b_s, acc=b_y, input_precision=PRECISION)
         wide_x = tl.trans(b_x).to(tl.float32)
         b_dbeta += tl.sum(wide_x * b_v.to(tl.float32), axis=1)
-        if GATED:
-            overlap += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
         to = dv + first * (HV * V) + hv * V + start + at_v
         tl.store(to, (wide_x * b_beta[:, None]).to(dv.dtype.element_ty), mask=mask_v)
 
-    at_k = row[:, None] * BK + channel[None, :]
-    b_k = load_tile(k_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
-    b_q = load_tile(q_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
-    wide_k = b_k.to(tl.float32)
     lower = row[:, None] > row[None, :]
     upper = row[:, None] < row[None, :]
-    ends_gradient = 0.0
     if GATED:
         b_g = tl.load(cumulative + by_head * BT + row)
         end = tl.load(cumulative + by_head * BT + BT - 1)
         decay = tl.exp2(tl.where(lower, b_g[:, None] - b_g[None, :], 0.0))
-        decay_t = tl.exp2(tl.where(upper, b_g[None, :] - b_g[:, None], 0.0))
         d_scores *= decay
         d_lower *= decay
+        decay_t = tl.exp2(tl.where(upper, b_g[None, :] - b_g[:, None], 0.0))
         d_scores_t *= decay_t
         d_lower_t *= decay_t
+    kind = k_in.dtype if DESCRIPTOR else k_in.dtype.element_ty
+    # dL = -X V_new^T carries a minus sign, which is put in here.
+    d_lower = tl.where(lower, -d_lower, 0.0).to(kind)
+    d_lower_t = tl.where(upper, d_lower_t * (-b_beta)[None, :], 0.0).to(kind)
+    d_scores = tl.where(upper, 0.0, d_scores * scale).to(kind)
+    d_scores_t = tl.where(lower, 0.0, d_scores_t * scale).to(kind)
+
+    b_dq = tl.zeros([BT, BK], dtype=tl.float32)
+    b_dk = tl.zeros([BT, BK], dtype=tl.float32)
+    b_y = tl.zeros([BT, BK], dtype=tl.float32)
+    overlap = tl.zeros([BV], dtype=tl.float32)
+    for start in range(0, V, BV):
+        inside = within < V - start
+        mask_v = live[:, None] & inside[None, :]
+        row_v = by_head * V + start
+        b_do = load_tile_masked(do, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
+        b_new = load_tile_masked(v_new, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_x = load_tile_masked(d_error, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_s = load_tile_masked(states, row_v, 0, at_s, inside[:, None], BK, DESCRIPTOR)
+        b_ds = load_tile_masked(d_states, row_v, 0, at_s, inside[:, None], BK, DESCRIPTOR)
+        b_dq = tl.dot(b_do, b_s, acc=b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_new), b_ds, acc=b_dk, input_precision=PRECISION)
+        b_y = tl.dot(tl.trans(b_x), b_s, acc=b_y, input_precision=PRECISION)
+        if GATED:
+            overlap += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
+
+    b_k = load_tile(k_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
+    b_q = load_tile(q_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
+    wide_k = b_k.to(tl.float32)
+    ends_gradient = 0.0
+    if GATED:
         from_start = tl.exp2(b_g)
         b_dq *= from_start[:, None]
         b_y *= from_start[:, None]
         b_dk *= tl.exp2(end - b_g)[:, None]
         ends_gradient = tl.sum(tl.sum(b_dk * wide_k, axis=1), axis=0) + tl.exp2(end) * tl.sum(overlap, axis=0)
-    # dL = -X V_new^T carries a minus sign. It is taken up here, by subtracting.
-    b_y = tl.dot(tl.where(lower, -d_lower, 0.0).to(b_k.dtype), b_k, acc=-b_y, input_precision=PRECISION)
-    d_scores = tl.where(upper, 0.0, d_scores * scale)
-    d_scores_t = tl.where(lower, 0.0, d_scores_t * scale)
-    b_dq = tl.dot(d_scores.to(b_k.dtype), b_k, acc=b_dq * scale, input_precision=PRECISION)
-    b_dk = tl.dot(d_scores_t.to(b_k.dtype), b_q, acc=b_dk, input_precision=PRECISION)
-    d_lower_t = tl.where(upper, d_lower_t * (-b_beta)[None, :], 0.0)
-    b_dk = tl.dot(d_lower_t.to(b_k.dtype), b_k, acc=b_dk, input_precision=PRECISION)
+    b_y = tl.dot(d_lower, b_k, acc=-b_y, input_precision=PRECISION)
+    b_dq = tl.dot(d_scores, b_k, acc=b_dq * scale, input_precision=PRECISION)
+    b_dk = tl.dot(d_scores_t, b_q, acc=b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(d_lower_t, b_k, acc=b_dk, input_precision=PRECISION)
     b_dk += b_beta[:, None] * b_y
 
     along_y = tl.sum(wide_k * b_y, axis=1)

@@ -5,9 +5,9 @@ Per chunk of BT tokens and value head, with G the inclusive sum of the log decay
     P_ij = k_i·k_j exp(G_i - G_j)  (i > j)      inverse   = (I + stril(beta_i P_ij))^-1
                                                 attention = tril(scale q_i·k_j exp(G_i - G_j))
 
-These two tiles leave the kernel, and q and k in the order of the chunks. The usual W = inverse (beta exp(G) K) and U = inverse (beta V) are never formed:
-the scan computes V_new = inverse (beta (V - exp(G) K S)) instead, which costs one more small product per step of the
-scan and saves writing, reading and keeping two tensors as large as k and v.
+These two tiles leave the kernel, and q and k in the order of the chunks. The usual W = inverse (beta exp(G) K) and
+U = inverse (beta V) are never formed: the scan computes V_new = inverse (beta (V - exp(G) K S)) instead, which costs one
+more small product per step of the scan and saves writing, reading and keeping two tensors as large as k and v.
 
 Everything written is laid out by chunk slot (see kernels/common/chunks.py) and filled up: rows beyond the sequence hold
 zeros (G: its last value), columns beyond K hold zeros. The scans then read whole tiles and need no masks.
