@@ -1,7 +1,7 @@
 """RMS norm, L2 norm and gated RMS norm over the last dim. Statistics in fp32 at least, the result in x's dtype.
 
-Sources: RMSNorm, arXiv:1910.07467, equation 4; the gates of Gated DeltaNet (arXiv:2412.06464, figure 1: norm, then gate)
-and of Mamba-2 (arXiv:2405.21060, section 7.1: gate, then norm).
+Sources: RMSNorm, arXiv:1910.07467, equation 4; the gates of Gated DeltaNet (arXiv:2412.06464, figure 1: norm first)
+and of Mamba-2 (arXiv:2405.21060, section 7.1: gate first).
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""One decay a key channel and step: GLA (arXiv:2312.06635) and HGRN2 (arXiv:2404.07904).
+
+exp(G_i - G_j) weighs every channel of q_i k_j on its own. As long as a span of tokens decays little it can be taken apart,
+exp(G_i - m) to q and exp(m - G_j) to k with m half of the span's decay, and the span's scores are one matrix product. The
+whole chunk is such a span for most trained gates. Where it is not, the chunk is halved until its blocks are (GLA's secondary
+chunking, carried on down): the two halves of a block meet in a product of exp(sum from the border to i) q_i with
+exp(sum from j to the border) k_j, both factors at most 1. Every such sum adds numbers of one sign and is a difference of
+none, so that nothing overflows or cancels, also for g = -1e4 or -inf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels.gated_linear_attention.operands import Operands
+from kernels.gated_linear_attention.plan import Segment
+
+# Factors within exp(±20), and sums whose last bit is worth 4e-6 of the result in fp32.
+FACTORED_SPAN = 40.0
+
+
+@dataclass
+class ChannelDecay:
+    """rows, columns [m H, C, K]: factors of q (with the scale) and of k.
+
+    blocks: from small to large, (b, factor of q, factor of k): how blocks of b tokens meet their left neighbours.
+    leaf: tokens in the blocks on the diagonal, whose factors are leaf_rows and leaf_columns (None: 1).
+    """
+
+    scale: float
+    rows: Tensor
+    columns: Tensor
+    half: Tensor | None
+    total: Tensor
+    factored: bool = True
+    leaf: int = 0
+    leaf_rows: Tensor | None = None
+    leaf_columns: Tensor | None = None
+    blocks: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+
+    def query(self, x: Tensor) -> Tensor:
+        return x * self.rows
+
+    def key(self, x: Tensor) -> Tensor:
+        return x * self.columns
+
+    def value(self, x: Tensor) -> Tensor:
+        return x
+
+    def output(self, x: Tensor) -> Tensor:
+        return x
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        out = q.new_zeros(q.shape[0], q.shape[1], q.shape[1])
+        lq, lk = _cut(q, self.leaf, self.leaf_rows), _cut(k, self.leaf, self.leaf_columns)
+        _diagonal(out, self.leaf).copy_((lq @ lk.transpose(-1, -2)).tril_())
+        for b, rows, columns in self.blocks:
+            right, left = _halves(q, b)[1] * rows, _halves(k, b)[0] * columns
+            _diagonal(out, 2 * b)[..., b:, :b] = right @ left.transpose(-1, -2)
+        return out.mul_(self.scale)
+
+    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        lq, lk = _cut(q, self.leaf, self.leaf_rows), _cut(k, self.leaf, self.leaf_columns)
+        d = _diagonal(dscores, self.leaf).tril()
+        dq, dk = d @ lk, d.transpose(-1, -2) @ lq
+        if self.leaf_rows is not None and self.leaf_columns is not None:
+            dq, dk = dq * self.leaf_rows, dk * self.leaf_columns
+        dq, dk = dq.reshape(q.shape), dk.reshape(k.shape)
+        for b, rows, columns in self.blocks:
+            right, left = _halves(q, b)[1] * rows, _halves(k, b)[0] * columns
+            d = _diagonal(dscores, 2 * b)[..., b:, :b].contiguous()
+            _halves(dq, b)[1].addcmul_(d @ left, rows)
+            _halves(dk, b)[0].addcmul_(d.transpose(-1, -2) @ right, columns)
+        return dq.mul_(self.scale), dk.mul_(self.scale)
+
+    def gate_gradient(
+        self, q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, o: Tensor, do: Tensor, v: Tensor, dv: Tensor
+    ) -> Tensor:
+        wide = self.total.dtype
+        return (q.to(wide) * dq.to(wide)).addcmul_(k.to(wide), dk.to(wide), value=-1.0)
+
+    def at_boundary(self, start: Tensor, dstate: Tensor, chunks: slice) -> Tensor:
+        product = (start * dstate).sum((3, 4))
+        return product if self.half is None else product / self.half[chunks][..., 0, 0]
+
+
+def _cut(x: Tensor, size: int, factor: Tensor | None) -> Tensor:
+    """[M, C, K] -> [M, C / size, size, K], times factor."""
+    blocks = x.unflatten(1, (-1, size))
+    return blocks if factor is None else blocks * factor
+
+
+def _halves(x: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """[M, C, K] -> the left and right halves of its blocks of 2 b tokens, views [M, C / 2b, b, K]."""
+    pairs = x.unflatten(1, (-1, 2, b))
+    return pairs[:, :, 0], pairs[:, :, 1]
+
+
+def _diagonal(x: Tensor, size: int) -> Tensor:
+    """View of the blocks of `size` on the diagonal of [M, C, C]: [M, C / size, size, size]."""
+    n = x.shape[1] // size
+    return x.view(-1, n, size, n, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def channel_gate(x: Operands, segment: Segment, inside: bool) -> ChannelDecay:
+    assert x.g is not None
+    g = segment.fetch(x.g, segment.rows(x.H)).flatten(0, 1)  # [m H, C, K], in fp32 at least
+    C = g.shape[1]
+    state = (-1, x.H, x.K, 1, 1)
+    G = g.cumsum(1)
+    end = G[:, -1:]
+    if float(end.amin()) >= -FACTORED_SPAN:
+        middle = end / 2
+        rows = (G - middle).exp_()
+        columns = rows.reciprocal().to(x.compute)
+        rows = rows.mul_(x.scale).to(x.compute)
+        return ChannelDecay(x.scale, rows, columns, middle.exp().view(state), end.exp().view(state))
+    leaf = C // 2
+    while leaf > 1 and float(g.unflatten(1, (-1, leaf)).sum(2).amin()) < -FACTORED_SPAN:
+        leaf //= 2
+    blocks = g.unflatten(1, (-1, leaf))
+    until = blocks.cumsum(2)  # from the block's start to i, i included
+    after = (
+        torch.cat([blocks[:, :, 1:], torch.zeros_like(blocks[:, :, :1])], 2).flip(2).cumsum(2).flip(2)
+    )  # from j, not included
+    decay = ChannelDecay(x.scale, G, G, None, G, factored=False, leaf=leaf)
+    if inside and leaf > 1:
+        middle = until[:, :, -1:] / 2
+        decay.leaf_rows = (until - middle).exp().to(x.compute)
+        decay.leaf_columns = (middle - until).exp().to(x.compute)
+    b = leaf
+    while b < C:
+        until, after = until.unflatten(1, (-1, 2)), after.unflatten(1, (-1, 2))
+        if inside:
+            decay.blocks.append((b, until[:, :, 1].exp().to(x.compute), after[:, :, 0].exp().to(x.compute)))
+        sums = until[:, :, :, -1:]
+        until = torch.cat([until[:, :, 0], until[:, :, 1] + sums[:, :, 0]], 2)
+        after = torch.cat([after[:, :, 0] + sums[:, :, 1], after[:, :, 1]], 2)
+        b *= 2
+    until, after = until.flatten(1, 2), after.flatten(1, 2)
+    decay.total = until[:, -1].exp().view(state)
+    decay.rows = (until.exp() * x.scale).to(x.compute)
+    decay.columns = after.exp().to(x.compute)
+    return decay

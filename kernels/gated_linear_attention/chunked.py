@@ -1,0 +1,155 @@
+"""Gated linear attention in plain torch, by chunks, with a hand-written backward.
+
+Time is cut into chunks of `chunk_size` tokens; inside a chunk the work is matrix products, and only the state scan goes from
+chunk to chunk. Saved for backward: the inputs and o. The states are computed again (one product of the nine), because all
+of them together are as large as the activations they come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.gated_linear_attention.channel_gate import channel_gate
+from kernels.gated_linear_attention.core import Gate, Gradients, backward, forward, starts_of_chunks
+from kernels.gated_linear_attention.head_gate import head_gate, no_gate
+from kernels.gated_linear_attention.operands import Operands
+from kernels.gated_linear_attention.plan import make_plan
+
+CHUNK_SIZE = 64
+SEGMENT_BYTES = 4 << 20  # of one segment's largest tensors together; a few of them fit a server's share of the L3 cache
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of matmul operands: bf16 stays (its products sum in fp32); fp16 widens, because states overflow its range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, cu_seqlens: Tensor | None, chunk_size: int
+) -> Operands:
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    compute = compute_dtype(q.dtype)
+    a_chunk = HV * (K * V + 2 * chunk_size * (K + V) + chunk_size**2) * compute.itemsize
+    caches = torch.get_num_threads() if q.device.type == "cpu" else 64
+    by_channel = g is not None and g.dim() == 4
+    rows_of_g = None if g is None else g.to(wide).reshape(-1, *g.shape[3:])
+    return Operands(
+        plan=make_plan(B, T, chunk_size, cu_seqlens, q.device),
+        q=q.reshape(-1, K),
+        k=k.reshape(-1, K),
+        v=v.reshape(-1, V),
+        g=rows_of_g,
+        H=HV if by_channel else H,
+        R=1 if by_channel else HV // H,
+        repeat=HV // H if by_channel else 1,
+        scale=scale,
+        compute=compute,
+        wide=wide,
+        size=max(1, SEGMENT_BYTES * caches // a_chunk),
+    )
+
+
+def _gate(g: Tensor | None) -> Gate:
+    if g is None:
+        return no_gate
+    return channel_gate if g.dim() == 4 else head_gate
+
+
+def _inner_states(x: Operands, states: Tensor | None) -> Tensor:
+    """[N, H R, K, V] -> a new sorted [N, H, K, R, V]."""
+    N = x.plan.sequences
+    if states is None:
+        return x.q.new_zeros(N, x.H, x.K, x.R, x.V, dtype=x.wide)
+    inner = states.to(x.wide).reshape(N, x.H, x.R, x.K, x.V).transpose(2, 3)
+    return x.plan.sort(inner).clone(memory_format=torch.contiguous_format)
+
+
+def _outer_states(x: Operands, states: Tensor) -> Tensor:
+    """The inverse of `_inner_states`."""
+    return x.plan.unsort(states.transpose(2, 3).reshape(x.plan.sequences, x.H * x.R, x.K, x.V))
+
+
+class _GatedLinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        x = _operands(q, k, v, g, scale, cu_seqlens, chunk_size)
+        state = _inner_states(x, initial_state)
+        B, T, HV, V = v.shape
+        o = v.new_empty((B * T + 1) * HV, V)
+        forward(x, _gate(g), state, o)
+        o = o[: B * T * HV].view(B, T, HV, V)
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, o)
+        ctx.scale, ctx.chunk_size = scale, chunk_size
+        return o, _outer_states(x, state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, g, initial_state, cu_seqlens, o = ctx.saved_tensors
+        x = _operands(q, k, v, g, ctx.scale, cu_seqlens, ctx.chunk_size)
+        gate = _gate(g)
+        state, dstate = _inner_states(x, initial_state), _inner_states(x, dfinal)
+        starts = starts_of_chunks(x, gate, state)
+        boundary = None if g is None else (state * dstate).sum((3, 4) if g.dim() == 4 else (2, 4))
+        B, T, HV, V = v.shape
+        H, K = q.shape[2:]
+        L = B * T
+        gradients = Gradients(
+            q=q.new_empty((L + 1) * x.H, K),
+            k=k.new_empty((L + 1) * x.H, K),
+            v=v.new_empty((L + 1) * HV, V),
+            g=None if g is None else g.new_empty((L + 1) * HV, *g.shape[3:]),
+        )
+        backward(x, gate, o.view(-1, V), do.reshape(-1, V), starts, dstate, boundary, gradients)
+
+        def shaped(gradient: Tensor) -> Tensor:
+            return (
+                gradient[: L * x.H].view(B, T, H, x.repeat, K).sum(3)
+                if x.repeat > 1
+                else gradient[: L * H].view(q.shape)
+            )
+
+        return (
+            shaped(gradients.q),
+            shaped(gradients.k),
+            gradients.v[: L * HV].view(v.shape),
+            None if gradients.g is None or g is None else gradients.g[: L * HV].view(g.shape),
+            None if initial_state is None else _outer_states(x, dstate).to(initial_state.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def gated_linear_attention_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor | None]:
+    """See `kernels.gated_linear_attention.gated_linear_attention`. chunk_size: tokens, a power of two."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, final_state = _GatedLinearAttention.apply(q, k, v, g, initial_state, cu_seqlens, scale, chunk_size)
+    return o, final_state if output_final_state else None

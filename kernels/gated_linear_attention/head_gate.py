@@ -1,0 +1,121 @@
+"""One decay a head and step, or none: retention, and the state-space dual of Mamba-2 (arXiv:2405.21060, section 6).
+
+exp(G_i - G_j) does not depend on the key channel, so it can be taken apart: exp(G_i - m) goes with the output row and
+exp(m - G_j) with the value row, m half of the chunk's decay. Then the chunk form is that of linear attention without a decay,
+and the R value heads of a key head are columns of the same products. Where a chunk decays too far for that (the factors
+would overflow), the matrix of exp(G_i - G_j) is formed for each head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.gated_linear_attention.operands import Operands
+from kernels.gated_linear_attention.plan import Segment
+
+# exp(-800) is zero in fp32 and fp64 alike; a finite floor keeps differences of sums finite where g = -inf.
+FLOOR = -800.0
+# The factors then lie within exp(±50), so that their products with operands up to 1e16 stay within fp32 (and bf16) range.
+FACTORED_SPAN = 100.0
+
+
+@dataclass
+class NoDecay:
+    """Linear attention without a gate. Only the scale is left to apply."""
+
+    scale: float
+    factored: bool = True
+    half: Tensor | None = None
+    total: Tensor | None = None
+
+    def query(self, x: Tensor) -> Tensor:
+        return x
+
+    def key(self, x: Tensor) -> Tensor:
+        return x
+
+    def value(self, x: Tensor) -> Tensor:
+        return x
+
+    def output(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def no_gate(x: Operands, segment: Segment, inside: bool) -> NoDecay:
+    return NoDecay(x.scale)
+
+
+@dataclass
+class HeadDecay:
+    """rows: factor of output rows; columns: of value rows; both [m H R, C, 1]. inner: scale · exp(G_i - G_j), or None."""
+
+    R: int
+    rows: Tensor
+    columns: Tensor
+    half: Tensor | None
+    total: Tensor
+    inner: Tensor | None = None
+    factored: bool = True
+
+    def query(self, x: Tensor) -> Tensor:
+        return x
+
+    def key(self, x: Tensor) -> Tensor:
+        return x
+
+    def value(self, x: Tensor) -> Tensor:
+        return x * self.columns
+
+    def output(self, x: Tensor) -> Tensor:
+        return x * self.rows
+
+    def _weigh(self, scores: Tensor, R: int) -> Tensor:
+        assert self.inner is not None
+        C = scores.shape[1]
+        return (scores[:, None] * self.inner.view(-1, R, C, C)).view(-1, C, C)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self._weigh(torch.bmm(q, k.transpose(1, 2)), self.R)
+
+    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        plain = self._weigh(dscores, 1)
+        if self.R > 1:
+            plain = plain.view(-1, self.R, *plain.shape[1:]).sum(1)
+        return torch.bmm(plain, k), torch.bmm(plain.transpose(1, 2), q)
+
+    def gate_gradient(
+        self, q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, o: Tensor, do: Tensor, v: Tensor, dv: Tensor
+    ) -> Tensor:
+        # q·dq = o·do and k·dk = v·dv for each value head, also where q and k are shared and dq, dk are sums over heads.
+        wide = self.total.dtype
+        return (o.to(wide) * do.to(wide)).addcmul_(v.to(wide), dv.to(wide), value=-1.0).sum(-1)
+
+    def at_boundary(self, start: Tensor, dstate: Tensor, chunks: slice) -> Tensor:
+        product = (start * dstate).sum((2, 4))
+        return product if self.half is None else product / self.half[chunks][:, :, 0, :, 0]
+
+
+def head_gate(x: Operands, segment: Segment, inside: bool) -> HeadDecay:
+    """G is summed in fp64 (it is small): in fp32 one strong reset would blur all later differences in its chunk."""
+    assert x.g is not None
+    g = segment.fetch(x.g, segment.rows(x.H * x.R)).double().clamp_(min=FLOOR)
+    G = g.cumsum(-1).flatten(0, 1)  # [m H R, C]
+    C = G.shape[1]
+    end = G[:, -1:]
+    state = (-1, x.H, 1, x.R, 1)
+    total = end.exp().to(x.wide).view(state)
+    if float(end.amin()) >= -FACTORED_SPAN:
+        middle = end / 2
+        rows = ((G - middle).exp() * x.scale).to(x.compute)
+        columns = (middle - G).exp().to(x.compute)
+        return HeadDecay(x.R, rows[..., None], columns[..., None], middle.exp().to(x.wide).view(state), total)
+    inner = None
+    if inside:
+        future = torch.ones(C, C, dtype=torch.bool, device=G.device).triu_(1)
+        # The exponent is masked, not the exponential: above the diagonal it is positive and may overflow.
+        inner = (G[:, :, None] - G[:, None, :]).masked_fill_(future, -torch.inf).exp_().mul_(x.scale).to(x.compute)
+    rows, columns = (G.exp() * x.scale).to(x.compute), (end - G).exp().to(x.compute)
+    return HeadDecay(x.R, rows[..., None], columns[..., None], None, total, inner, factored=False)
