@@ -81,7 +81,7 @@ def test_nvidia_occupancy_counts_registers_slots_and_the_reserved_shared_memory(
     assert h100.blocks_resident(168, 0, 4) == 3
     assert h100.blocks_resident(32, 0, 4) == 16  # 64 warps
     assert h100.blocks_resident(32, 0, 1) == 32  # 32 blocks
-    assert h100.blocks_resident(32, 116 * 1024, 4) == 1  # 2 x (116 + 1) KiB > 228 KiB
+    assert h100.blocks_resident(32, 116224, 4) == 1  # 2 x (113.5 + 1) KiB > 228 KiB
     assert h100.blocks_resident(32, 113 * 1024, 4) == 2
     assert h100.blocks_resident(32, 232449, 4) == 0
 
