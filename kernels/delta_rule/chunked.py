@@ -3,13 +3,16 @@
 With w = beta k (what is written), Xe = [q; k] decayed from the chunk's start, and E the decay from column j to row i:
 
     A = tril(q wᵀ ⊙ E)      P = stril(k wᵀ ⊙ E)         what tokens of the chunk read from each other's writes
-    e = (I + P)^-1 (v − Xe_k S)                         what each token finds wrong: S̃ᵀ k is subtracted from v
+    e = (I + P)^-1 (v − Xe_k S)                         what each token finds wrong: v minus what S̃ answers to its key
     o = Xe_q S + A e
     S' = decay(chunk) S + (w decayed to the chunk's end)ᵀ e
 
 This is the WY form of Yang et al. 2024 (arXiv:2406.06484, 2412.06464; per channel in arXiv:2510.26692), written in the
 errors e rather than in the corrected values beta e. Then beta lives in w alone and no gradient divides by it. Only the
-last line is sequential over chunks. The gradient is derived in `chunked_backward.py`.
+reads and the write of S are sequential over chunks. The gradient is derived in `chunked_backward.py`.
+
+The chunks are worked on in slabs, runs of steps of the scan, so that temporaries stay small whatever T. Kept for the
+backward pass: e, the scores, the inverses, and the states at the starts of slabs.
 """
 
 from __future__ import annotations
@@ -20,9 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels.delta_rule.decays import Decays, scores
-from kernels.delta_rule.layout import ChunkLayout, chunk_layout
-from kernels.delta_rule.triangular import unit_lower_inverse
+from kernels.delta_rule.decays import Decays, chunk_decays, scores
+from kernels.delta_rule.layout import ChunkLayout, Slab, chunk_layout
 
 
 def delta_rule_chunked(
@@ -47,7 +49,7 @@ def delta_rule_chunked(
         chunk_size = next((C for C in (16, 32) if q.shape[1] <= C), 64)
     if chunk_size not in (16, 32, 64):
         raise ValueError(f"chunk_size must be 16, 32 or 64, got {chunk_size}")
-    layout = chunk_layout(q, cu_seqlens, chunk_size)
+    layout = chunk_layout(q, cu_seqlens, v.shape[2], chunk_size)
     o, state = _DeltaRule.apply(q, k, v, beta, g, initial_state, scale, normalize_qk, layout)
     return o, state if output_final_state else None
 
@@ -66,112 +68,167 @@ class _DeltaRule(torch.autograd.Function):
         normalize_qk: bool,
         layout: ChunkLayout,
     ) -> tuple[Tensor, Tensor]:
+        recording = any(ctx.needs_input_grad)
         with torch.autocast(q.device.type, enabled=False):
-            chunks = prepare(q, k, beta, g, scale, normalize_qk, layout)
-            o, state, e, inverse = forward_chunks(chunks, v, initial_state, layout)
-        ctx.save_for_backward(q, k, beta, g, initial_state, e, inverse)
+            o, state, kept = forward_slabs(q, k, v, beta, g, initial_state, scale, normalize_qk, layout, recording)
+        if recording:
+            ctx.save_for_backward(q, k, beta, g, *kept)
         ctx.scale, ctx.normalize_qk, ctx.layout = scale, normalize_qk, layout
-        ctx.v_dtype = v.dtype
+        ctx.state_dtype = None if initial_state is None else initial_state.dtype
         return o, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        from kernels.delta_rule.chunked_backward import backward_chunks
+        # Here, not above: the backward module builds on this one.
+        from kernels.delta_rule.chunked_backward import backward_slabs
 
-        q, k, beta, g, initial_state, e, inverse = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            grads = backward_chunks(
-                q, k, beta, g, initial_state, e, inverse, do, dstate, ctx.scale, ctx.normalize_qk, ctx.layout
-            )
-        dq, dk, dv, dbeta, dg, dinitial = grads
-        return (
-            dq.to(q.dtype),
-            dk.to(k.dtype),
-            dv.to(ctx.v_dtype),
-            dbeta.to(beta.dtype),
-            None if dg is None or g is None else dg.to(g.dtype),
-            None if initial_state is None else dinitial.to(initial_state.dtype),
-            None,
-            None,
-            None,
-        )
+        with torch.autocast(do.device.type, enabled=False):
+            *grads, dinitial = backward_slabs(*ctx.saved_tensors, do, dstate, ctx.scale, ctx.normalize_qk, ctx.layout)
+        return *grads, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None, None
 
 
 @dataclass
 class Chunks:
-    """Operands of all chunks and value heads, the first dim of every tensor, in the order of the layout."""
+    """Operands of the chunks of a slab: M chunks times value heads, in the order of the layout."""
 
     X: Tensor  # [M, 2, C, K] queries (scaled) and keys, normalised where asked
     w: Tensor  # [M, C, K] beta k
     beta: Tensor  # [M, C, 1]
-    score: Tensor  # [M, 2, C, C] A and P
-    decays: Decays
-    Xe: Tensor  # [M, 2C, K] X decayed from the start of the chunk
-    w_end: Tensor  # [M, C, K] w decayed to the end of the chunk
     lengths: Tensor | None  # [M, 2, C, 1] 1 / |q|, 1 / |k| where normalised
+    decays: Decays | None
+    read: Tensor  # [M, 2C, K] an operand: X, decayed from the start of the chunk where every channel has its own decay
+    write: Tensor  # [M, C, K] an operand: w decayed to the end of the chunk
+    from_start: Tensor | None  # [M, 2C, 1] the decay that reads still lack: that of a head
+
+    @property
+    def operands(self) -> torch.dtype:
+        return self.read.dtype
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of states, decays, gates and everything elementwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(q: Tensor) -> torch.dtype:
+    """Of the operands of matrix products: bf16 for bf16 inputs where the processor multiplies it faster than fp32.
+
+    fp16 is widened: sums of a chunk can leave its range.
+    """
+    if q.dtype == torch.bfloat16 and (q.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return torch.bfloat16
+    return accumulation_dtype(q.dtype)
 
 
 def prepare(
-    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, scale: float, normalize_qk: bool, layout: ChunkLayout
+    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, scale: float, normalize_qk: bool, slab: Slab
 ) -> Chunks:
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     H, HV, K = q.shape[2], beta.shape[2], q.shape[3]
-    M, C = layout.chunks * HV, layout.C
-    X = q.new_empty(layout.chunks, HV, 2, C, K, dtype=accumulate)
+    m, C = sum(slab.sizes), slab.C
+    M = m * HV
+    X = q.new_empty(m, HV, 2, C, K, dtype=accumulation_dtype(q.dtype))
     for r in range(HV // H):
-        layout.pack(q, out=X[:, r :: HV // H, 0])
-        layout.pack(k, out=X[:, r :: HV // H, 1])
+        slab.pack(q, X[:, r :: HV // H, 0])
+        slab.pack(k, X[:, r :: HV // H, 1])
     X = X.view(M, 2, C, K)
     lengths = None
     if normalize_qk:
         lengths = torch.linalg.vector_norm(X, dim=-1, keepdim=True).square_().add_(1e-6).rsqrt_()
         X *= lengths
     X[:, 0] *= scale
-    packed_beta = layout.pack(beta.to(accumulate)).view(M, C, 1)
-    w = X[:, 1] * packed_beta
-    alpha = None
+    strength = slab.pack(beta, X.new_empty(m, HV, C)).view(M, C, 1)
+    w = X[:, 1] * strength
+    read, write, decays, from_start = X, w, None, None
     if g is not None:
-        alpha = layout.pack(g.to(accumulate)).view(M, C, -1).exp()
-    score, decays = scores(X, w, alpha)
-    if decays.from_start is None or decays.to_end is None:
-        Xe, w_end = X, w
-    else:
-        Xe, w_end = X * decays.from_start[:, None], w * decays.to_end
-    return Chunks(X, w, packed_beta, score, decays, Xe.view(M, 2 * C, K), w_end, lengths)
+        decays = chunk_decays(slab.pack(g, X.new_empty(m, HV, C, *g.shape[3:])).view(M, C, -1).exp_())
+        write = w * decays.to_end
+        if decays.pair is None:
+            read = X * decays.from_start[:, None]
+        else:
+            from_start = decays.from_start.repeat(1, 2, 1)
+    read, write = (x.to(operand_dtype(q)) for x in (read.view(M, 2 * C, K), write))
+    return Chunks(X, w, strength, lengths, decays, read, write, from_start)
 
 
-def forward_chunks(
-    chunks: Chunks, v: Tensor, initial_state: Tensor | None, layout: ChunkLayout
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns o [B, T, HV, V], the final state [N, HV, K, V], the errors e [M, C, V] and (I + P)^-1 [M, C, C]."""
-    HV, V = v.shape[2:]
-    C, K = layout.C, chunks.w.shape[-1]
-    inverse = unit_lower_inverse(chunks.score[:, 1])
-    values = layout.pack(v, out=chunks.w.new_empty(layout.chunks, HV, C, V)).view(-1, C, V)
-    state = first_state(initial_state, layout, HV, K, V, chunks.w)
-    e, o = torch.empty_like(values), torch.empty_like(values)
-    for a, b in layout.steps:
-        now, S = slice(a * HV, b * HV), state[: (b - a) * HV]
-        read = torch.bmm(chunks.Xe[now], S)
-        torch.bmm(inverse[now], values[now] - read[:, C:], out=e[now])
-        o[now] = read[:, :C]
-        advance_(S, chunks, e, now)
-    o.baddbmm_(chunks.score[:, 0], e)
-    final = layout.unsort_states(state.view(layout.N, HV, K, V))
-    return layout.unpack(o.view(layout.chunks, HV, C, V), v.dtype), final, e, inverse
+def forward_slabs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    normalize_qk: bool,
+    layout: ChunkLayout,
+    recording: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Returns o [B, T, HV, V], the final state [N, HV, K, V], and what the backward pass needs where recording:
+    e [M, C, V], the scores A and P [M, 2, C, C], (I + P)^-1 [M, C, C] and the states before each slab
+    [slabs, N · HV, K, V], the last in the accumulation dtype and the others in that of operands.
+    """
+    HV, K, V, C = v.shape[2], q.shape[3], v.shape[3], layout.C
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    S = v.new_zeros(layout.N, HV, K, V, dtype=accumulation_dtype(v.dtype))
+    if initial_state is not None:
+        S.copy_(layout.sort_states(initial_state))
+    S = S.view(layout.N * HV, K, V)
+    operands = operand_dtype(q)
+    kept: tuple[Tensor, ...] = ()
+    if recording:
+        total = layout.chunks * HV
+        shapes = ((total, C, V), (total, 2, C, C), (total, C, C))
+        kept = (*(q.new_empty(x, dtype=operands) for x in shapes), S.new_empty(len(layout.slabs), *S.shape))
+    for i, slab in enumerate(layout.slabs):
+        chunks = prepare(q, k, beta, g, scale, normalize_qk, slab)
+        values = slab.pack(v, S.new_empty(sum(slab.sizes), HV, C, V)).view(-1, C, V)
+        score = scores(chunks.X, chunks.w, chunks.decays, operands)
+        inverse = unit_lower_inverse(score[:, 1]).to(operands)
+        if recording:
+            e, *rest = (x[slab.rows(HV)] for x in kept[:3])
+            rest[0].copy_(score)
+            rest[1].copy_(inverse)
+            kept[3][i] = S
+        else:
+            e = torch.empty_like(values, dtype=operands)
+        out = _scan(S, chunks, values, inverse, e, slab, HV)
+        out.baddbmm_(score[:, 0].to(operands), e)
+        slab.unpack(out.view(-1, HV, C, V), o)
+    return o, layout.unsort_states(S.view(layout.N, HV, K, V)), kept
 
 
-def first_state(initial_state: Tensor | None, layout: ChunkLayout, HV: int, K: int, V: int, like: Tensor) -> Tensor:
-    """The states before the first chunk, a fresh tensor [N * HV, K, V] in the layout's order."""
-    if initial_state is None:
-        return like.new_zeros(layout.N * HV, K, V)
-    state = layout.sort_states(initial_state).to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-    return state.view(layout.N * HV, K, V)
+def _scan(S: Tensor, chunks: Chunks, values: Tensor, inverse: Tensor, e: Tensor, slab: Slab, HV: int) -> Tensor:
+    """Takes the states S through the slab, in place. Fills e; returns what the queries read from S. Overwrites values."""
+    C = slab.C
+    out = torch.empty_like(e)
+    reads, writes, value, inverses, errors, outs = (
+        slab.split(x, HV) for x in (chunks.read, chunks.write, values, inverse, e, out)
+    )
+    from_start = None if chunks.from_start is None else slab.split(chunks.from_start, HV)
+    whole = None if chunks.decays is None else slab.split(chunks.decays.whole, HV)
+    for t in range(len(slab.sizes)):
+        now = S[: len(reads[t])]
+        answers = torch.bmm(reads[t], now.to(e.dtype))
+        if from_start is not None:
+            answers *= from_start[t]
+        outs[t].copy_(answers[:, :C])
+        torch.bmm(inverses[t], value[t].sub_(answers[:, C:]).to(e.dtype), out=errors[t])
+        if whole is not None:
+            now *= whole[t]
+        add_product_(now, writes[t].mT, errors[t])
+    return out
 
 
-def advance_(S: Tensor, chunks: Chunks, e: Tensor, now: slice) -> None:
-    """Takes the states S over the chunks `now`, in place."""
-    if chunks.decays.whole is not None:
-        S *= chunks.decays.whole[now]
-    S.baddbmm_(chunks.w_end[now].mT, e[now])
+def add_product_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x += a b, batched, where x may be of a wider dtype than a and b."""
+    return x.baddbmm_(a, b) if x.dtype == a.dtype else x.add_(torch.bmm(a, b))
+
+
+def unit_lower_inverse(P: Tensor) -> Tensor:
+    """(I + P)^-1 for strictly lower triangular P [M, C, C], by substitution.
+
+    Products of powers, (I - P)(I + P^2)(I + P^4)..., cancel badly: for beta = 2 and equal keys P^8 has entries near 1e6
+    already in a block of 16, which must sum to entries near 1.
+    """
+    identity = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device).expand_as(P)
+    return torch.linalg.solve_triangular(P, identity, upper=False, unitriangular=True)

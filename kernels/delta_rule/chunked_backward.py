@@ -3,9 +3,9 @@
 Notation of `chunked.py`, with T = (I + P)^-1, dS the gradient of the state at the END of a chunk, and [a; b] rows
 stacked:
 
-    de = Aᵀ do + w_end dS          Y = Tᵀ de          dv = Y
+    de = Aᵀ do + write dS          Y = Tᵀ de          dv = Y
     dA = tril(do eᵀ)               dP = −stril(Y eᵀ)       since d(T r) through T is −(Tᵀ de)(T r)ᵀ
-    dXe = [do; −Y] Sᵀ              dw_end = e dSᵀ
+    dXe = [do; −Y] Sᵀ              dwrite = e dSᵀ
     dS' = decay(chunk) dS + Xeᵀ [do; −Y]                   the gradient at the chunk's start
 
 So the keys act as further queries, whose output gradient is −Y. The gradient of a step's log decay sums what passes
@@ -17,104 +17,131 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.delta_rule.chunked import advance_, first_state, prepare
-from kernels.delta_rule.decays import Decays, mask_, scores_backward
-from kernels.delta_rule.layout import ChunkLayout
+from kernels.delta_rule.chunked import Chunks, add_product_, prepare
+from kernels.delta_rule.decays import scores_backward
+from kernels.delta_rule.layout import ChunkLayout, Slab
 
 
-def backward_chunks(
+def backward_slabs(
     q: Tensor,
     k: Tensor,
     beta: Tensor,
     g: Tensor | None,
-    initial_state: Tensor | None,
     e: Tensor,
+    score: Tensor,
     inverse: Tensor,
+    states: Tensor,
     do: Tensor,
     dstate: Tensor,
     scale: float,
     normalize_qk: bool,
     layout: ChunkLayout,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, v, beta, g and initial_state, in the accumulation dtype."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, beta, g and, in the accumulation dtype, of the initial state."""
     H, HV, K, V = q.shape[2], do.shape[2], q.shape[3], do.shape[3]
     C = layout.C
-    chunks = prepare(q, k, beta, g, scale, normalize_qk, layout)
-    M = chunks.w.shape[0]
-    X, w, decays = chunks.X, chunks.w, chunks.decays
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, do))
+    dbeta, dg = torch.empty_like(beta), None if g is None else torch.empty_like(g)
+    dS = layout.sort_states(dstate).to(states.dtype, copy=True).view(layout.N * HV, K, V)
+    for slab, S in zip(reversed(layout.slabs), reversed(states.unbind(0))):
+        rows = slab.rows(HV)
+        chunks = prepare(q, k, beta, g, scale, normalize_qk, slab)
+        D = e.new_empty(sum(slab.sizes), HV, 2, C, V)  # [do; -Y]
+        slab.pack(do, D[:, :, 0])
+        D = D.view(-1, 2, C, V)
+        dX, dw, dlog = _slab_backward(chunks, S, dS, e[rows], score[rows], inverse[rows], D, slab, HV)
 
-    # The states at the start of every chunk, computed again rather than kept from the forward pass: 2 of some 30
-    # products.
-    states = w.new_empty(M, K, V)
-    state = first_state(initial_state, layout, HV, K, V, w)
-    for a, b in layout.steps:
-        now, S = slice(a * HV, b * HV), state[: (b - a) * HV]
-        states[now] = S
-        advance_(S, chunks, e, now)
-
-    D = w.new_empty(M, 2, C, V)  # [do; -Y]
-    layout.pack(do, out=D.view(layout.chunks, HV, 2, C, V)[:, :, 0])
-    de = torch.bmm(chunks.score[:, 0].mT, D[:, 0])
-    dXe, dw_end = torch.empty_like(chunks.Xe), torch.empty_like(w)
-    dwhole = None if decays.whole is None else w.new_empty(M, K)
-    dstate = layout.sort_states(dstate).to(w.dtype, copy=True).view(layout.N * HV, K, V)
-    for a, b in reversed(layout.steps):
-        now, dS = slice(a * HV, b * HV), dstate[: (b - a) * HV]
-        torch.bmm(e[now], dS.mT, out=dw_end[now])
-        if dwhole is not None:
-            torch.sum(states[now] * dS, -1, out=dwhole[now])
-        de[now].baddbmm_(chunks.w_end[now], dS)
-        torch.neg(torch.bmm(inverse[now].mT, de[now]), out=D[now, 1])
-        rows = D[now].view(-1, 2 * C, V)
-        torch.bmm(rows, states[now].mT, out=dXe[now])
-        if decays.whole is not None:
-            dS *= decays.whole[now]
-        dS.baddbmm_(chunks.Xe[now].mT, rows)
-
-    dM = mask_(torch.bmm(D.view(M, 2 * C, V), e.mT).view(M, 2, C, C))
-    dX, dw, dG = scores_backward(dM, X, w, decays, chunks.score)
-    dXe = dXe.view_as(X)
-    dg = None
-    if dwhole is not None:
-        dg = _decay_gradient(chunks.Xe.view_as(X), dXe, chunks.w_end, dw_end, dwhole, dG, decays)
-        dg = layout.unpack(dg.view(layout.chunks, HV, C, -1), dg.dtype)
-        dX.addcmul_(dXe, decays.from_start[:, None])
-        dw.addcmul_(dw_end, decays.to_end)
-        if g is not None:
-            dg = dg.view(g.shape)
-    else:
-        dX += dXe
-        dw += dw_end
-
-    dbeta = (dw * X[:, 1]).sum(-1)
-    dX[:, 1].addcmul_(dw, chunks.beta)
-    dX[:, 0] *= scale
-    if chunks.lengths is not None:
-        # X holds scaled queries; the projection needs unit ones.
-        unit = X.clone()
-        unit[:, 0] /= scale
-        dX -= unit * (unit * dX).sum(-1, keepdim=True)
-        dX *= chunks.lengths
-    dX = dX.view(layout.chunks, H, HV // H, 2, C, K).sum(2)
-    dq, dk = (layout.unpack(dX[:, :, i], dX.dtype) for i in range(2))
-    dv = layout.unpack(D[:, 1].neg().view(layout.chunks, HV, C, V), w.dtype)
-    dbeta = layout.unpack(dbeta.view(layout.chunks, HV, C), w.dtype)
-    return dq, dk, dv, dbeta, dg, layout.unsort_states(dstate.view(layout.N, HV, K, V))
+        slab.unpack(D[:, 1].neg_().view(-1, HV, C, V), dv)
+        slab.unpack((dw * chunks.X[:, 1]).sum(-1).view(-1, HV, C), dbeta)
+        if dg is not None and dlog is not None:
+            slab.unpack(dlog.view(-1, HV, C, *dg.shape[3:]), dg)
+        dX[:, 1].addcmul_(dw, chunks.beta)
+        if chunks.lengths is not None:
+            _unit_length_backward_(dX, chunks.X, chunks.lengths, scale)
+        else:
+            dX[:, 0] *= scale
+        dX = dX.view(-1, H, HV // H, 2, C, K)
+        dX = dX[:, :, 0] if H == HV else dX.sum(2)
+        slab.unpack(dX[:, :, 0], dq)
+        slab.unpack(dX[:, :, 1], dk)
+    return dq, dk, dv, dbeta, dg, layout.unsort_states(dS.view(layout.N, HV, K, V))
 
 
-def _decay_gradient(
-    Xe: Tensor, dXe: Tensor, w_end: Tensor, dw_end: Tensor, dwhole: Tensor, dG: Tensor | None, decays: Decays
-) -> Tensor:
-    """dg [M, C, D] from what the decays of `chunked.py` touch.
+def _slab_backward(
+    chunks: Chunks, S: Tensor, dS: Tensor, e: Tensor, score: Tensor, inverse: Tensor, D: Tensor, slab: Slab, HV: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dX [M, 2, C, K], dw [M, C, K] and dg [M, C, D] of a slab, given the states S before it.
 
-    dwhole [M, K] is rowsum(S dS); dG [M, C, D] the gradient, from the scores, towards the sum of g up to each step.
+    Takes dS from the end of the slab to its start, in place, and fills D[:, 1] with -Y.
     """
-    rows, columns = (Xe * dXe).sum(1), w_end * dw_end
-    dwhole = dwhole * decays.whole[..., 0] if decays.whole is not None else dwhole
-    if not decays.per_channel:
-        rows, columns, dwhole = rows.sum(-1, keepdim=True), columns.sum(-1, keepdim=True), dwhole.sum(-1, keepdim=True)
-    if dG is not None:
-        rows = rows + dG
-    # Columns before the step, summed forward: "all columns minus those from the step on" would cancel.
-    past = torch.cumsum(columns, 1) - columns
-    return rows.flip(1).cumsum(1).flip(1) + past + dwhole[:, None]
+    M, _, C, V = D.shape
+    X, w, decays, operands = chunks.X, chunks.w, chunks.decays, chunks.operands
+    reads, writes, errors, inverses, Ds = (
+        slab.split(x, HV) for x in (chunks.read, chunks.write, e, inverse, D.view(M, 2 * C, V))
+    )
+    from_start = None if chunks.from_start is None else slab.split(chunks.from_start, HV)
+    whole = None if decays is None else slab.split(decays.whole, HV)
+
+    # The states are computed again rather than kept from the forward pass: 2 of some 30 products.
+    starts = [S]
+    for t in range(len(slab.sizes) - 1):
+        S = starts[-1][: len(reads[t])]
+        S = S.clone() if whole is None else S * whole[t]
+        starts.append(add_product_(S, writes[t].mT, errors[t]))
+
+    de = torch.bmm(score[:, 0].mT, D[:, 0])
+    dread, dwrite = torch.empty_like(chunks.read), torch.empty_like(chunks.write)
+    dwhole = None if whole is None else w.new_empty(M, w.shape[-1])
+    des, dreads, dwrites = (slab.split(x, HV) for x in (de, dread, dwrite))
+    dwholes = None if dwhole is None else slab.split(dwhole, HV)
+    for t in reversed(range(len(slab.sizes))):
+        S = starts[t][: len(reads[t])]
+        now = dS[: len(reads[t])]
+        dnow = now.to(operands)
+        torch.bmm(errors[t], dnow.mT, out=dwrites[t])
+        if dwholes is not None:
+            torch.sum(S * now, -1, out=dwholes[t])
+        des[t].baddbmm_(writes[t], dnow)
+        torch.neg(torch.bmm(inverses[t].mT, des[t]), out=Ds[t][:, C:])
+        rows = Ds[t] if from_start is None else (Ds[t] * from_start[t]).to(operands)
+        torch.bmm(rows, S.to(operands).mT, out=dreads[t])
+        if whole is not None:
+            now *= whole[t]
+        add_product_(now, reads[t].mT, rows)
+
+    dscore = torch.bmm(D.view(M, 2 * C, V), e.mT).view(M, 2, C, C)
+    dX, dw, dG = scores_backward(dscore, score, X, w, decays)
+    dread = dread.view_as(X)
+    if decays is None or dwhole is None or dG is None:
+        return dX.add_(dread), dw.add_(dwrite), None
+    dg = _decay_gradient(chunks, dread, dwrite, dwhole, dG)
+    if decays.pair is None:
+        dX.addcmul_(dread.to(X.dtype), decays.from_start[:, None])
+    else:
+        dX += dread
+    return dX, dw.addcmul_(dwrite.to(w.dtype), decays.to_end), dg
+
+
+def _decay_gradient(chunks: Chunks, dread: Tensor, dwrite: Tensor, dwhole: Tensor, dG: Tensor) -> Tensor:
+    """dg [M, C, D]. dwhole [M, K] is rowsum(S dS); dG [M, C, D] comes from the scores."""
+    decays = chunks.decays
+    assert decays is not None
+    rows = (chunks.read.view_as(dread).to(dG.dtype) * dread).sum(1)
+    columns = chunks.write.to(dG.dtype) * dwrite
+    dwhole = dwhole * decays.whole[..., 0]
+    if decays.pair is not None:
+        rows, columns, dwhole = (x.sum(-1, keepdim=True) for x in (rows, columns, dwhole))
+    # dg of step t: rows from t on, columns before t, the state. Two triangular sums as one product; a running sum along
+    # a strided dim is slower. Columns are not "all minus those from t on", which would cancel.
+    C = rows.shape[1]
+    ones = rows.new_ones(C, C)
+    sums = torch.cat([ones.triu(), ones.tril(-1)], 1).expand(len(rows), C, 2 * C)
+    return torch.baddbmm(dwhole[:, None], sums, torch.cat([rows.add_(dG), columns], 1))
+
+
+def _unit_length_backward_(dX: Tensor, X: Tensor, lengths: Tensor, scale: float) -> None:
+    """Through x · rsqrt(Σ x² + 1e-6): the part along x falls away, as far as the 1e-6 lets it. X holds scale · unit q."""
+    for i, s in ((0, scale), (1, 1.0)):
+        d = dX[:, i]
+        along = (X[:, i] * d).sum(-1, keepdim=True) / s
+        d.mul_(s).addcmul_(X[:, i], along, value=-1.0).mul_(lengths[:, i])

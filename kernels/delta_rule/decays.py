@@ -22,16 +22,17 @@ from torch import Tensor
 
 @dataclass
 class Decays:
-    """Decays within each chunk; None where the gate is none. D is 1 (one decay per head) or K (one per channel)."""
+    """Decays within each chunk. D is 1 (one decay per head) or K (one per channel)."""
 
-    alpha: Tensor | None  # [M, C, D] one step's
-    from_start: Tensor | None  # [M, C, D] from before the chunk through the step
-    to_end: Tensor | None  # [M, C, D] after the step to the end of the chunk
-    whole: Tensor | None  # [M, D, 1] over the chunk
+    alpha: Tensor  # [M, C, D] one step's
+    from_start: Tensor  # [M, C, D] from before the chunk through the step
+    to_end: Tensor  # [M, C, D] after the step to the end of the chunk
+    pair: Tensor | None  # [M, C, C] from column to row, zero above the diagonal; only where D is 1
 
     @property
-    def per_channel(self) -> bool:
-        return self.alpha is not None and self.alpha.shape[-1] > 1
+    def whole(self) -> Tensor:
+        """[M, D, 1] over the chunk."""
+        return self.from_start[:, -1, :, None]
 
 
 def lower_blocks(x: Tensor, s: int) -> Tensor:
@@ -67,88 +68,93 @@ def runs(x: Tensor, s: int, odd: int) -> Tensor:
     return x.unflatten(-2, (-1, 2, s)).select(-3, odd)
 
 
-def scores(X: Tensor, w: Tensor, alpha: Tensor | None) -> tuple[Tensor, Decays]:
-    """Causal products of rows X with columns w, decayed from column to row.
-
-    X [M, 2, C, K]: queries and keys; w [M, C, K]; alpha None, [M, C, 1] or [M, C, K].
-    Returns [M, 2, C, C]: for queries the lower triangle with its diagonal, for keys strictly below it; and the decays.
-    """
-    M, _, C, _ = X.shape
-    if alpha is None:
-        return mask_(_products(X, w)), Decays(None, None, None, None)
-    if alpha.shape[-1] == 1:
-        pair, decays = pair_decays(alpha)
-        return mask_(_products(X, w).mul_(pair[:, None])), decays
-    out = X.new_zeros(M, 2, C, C)
-    out[:, 0].diagonal(dim1=1, dim2=2).copy_((X[:, 0] * w).sum(-1))
+def chunk_decays(alpha: Tensor) -> Decays:
+    """alpha [M, C, D] -> the decays within each chunk."""
+    M, C, D = alpha.shape
+    pair = None
+    if D == 1:
+        pair = alpha.new_zeros(M, C, C)
+        pair.diagonal(dim1=1, dim2=2).fill_(1)
     prefix = suffix = alpha
     for s, prefix, suffix in doubling(alpha):
+        if s < C and pair is not None:
+            torch.mul(runs(prefix, s, 1), runs(suffix, s, 0).mT, out=lower_blocks(pair, s))
+    return Decays(alpha, prefix, suffix, pair)
+
+
+def scores(X: Tensor, w: Tensor, decays: Decays | None, operands: torch.dtype) -> Tensor:
+    """Causal products of rows X [M, 2, C, K], queries and keys, with columns w [M, C, K], decayed from column to row.
+
+    Returns [M, 2, C, C] in X's dtype: for queries the lower triangle with its diagonal, for keys strictly below it.
+    Matrix products round their operands to the dtype `operands`.
+    """
+    M, _, C, K = X.shape
+    if decays is None or decays.pair is not None:
+        out = torch.bmm(X.view(M, 2 * C, K).to(operands), w.to(operands).mT).to(X.dtype)
+        return _mask_(out.view(M, 2, C, C), decays)
+    out = X.new_zeros(M, 2, C, C)
+    out[:, 0].diagonal(dim1=1, dim2=2).copy_((X[:, 0] * w).sum(-1))
+    for s, prefix, suffix in doubling(decays.alpha):
         if s < C:
-            rows, columns = _square_operands(X, w, prefix, suffix, s)
+            rows, columns = _square_operands(X, w, prefix, suffix, s, operands)
             lower_blocks(out, s).copy_((rows @ columns.mT).unflatten(2, (2, s)).transpose(1, 2))
-    return out, Decays(alpha, prefix, suffix, prefix[:, -1, :, None])
+    return out
 
 
 def scores_backward(
-    dM: Tensor, X: Tensor, w: Tensor, decays: Decays, score: Tensor
+    dscore: Tensor, score: Tensor, X: Tensor, w: Tensor, decays: Decays | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `scores`, given dM [M, 2, C, C] (zero outside the triangles) and the scores themselves.
+    """Gradients of `scores`, given the scores and their gradient, which may hold anything outside the triangles.
 
-    Returns dX [M, 2, C, K], dw [M, C, K] and dG [M, C, D], the gradient towards the running sum of g.
-    The diagonal has no decay; it is kept out of dG, where it would leave only rounding errors.
+    Returns dX [M, 2, C, K], dw [M, C, K] and dG [M, C, D], the gradient towards the running sum of g. Overwrites
+    dscore. Matrix products round their operands to dscore's dtype. The diagonal has no decay; it is kept out of dG,
+    where it would leave only rounding errors.
     """
     M, _, C, K = X.shape
-    if not decays.per_channel:
+    operands = dscore.dtype
+    if decays is None or decays.pair is not None:
         dG = None
-        if decays.alpha is not None:
-            slope = dM * score
+        if decays is not None:
+            slope = dscore * score
             slope[:, 0].diagonal(dim1=1, dim2=2).zero_()
-            dG = (slope.sum((1, 3)) - slope.sum((1, 2)))[..., None]
-            dM = dM * pair_decays(decays.alpha)[0][:, None]
-        flat = dM.view(M, 2 * C, C)
-        return torch.bmm(flat, w).view_as(X), torch.bmm(flat.mT, X.reshape(M, 2 * C, K)), dG
+            dG = (slope.sum((1, 3), dtype=X.dtype) - slope.sum((1, 2), dtype=X.dtype))[..., None]
+        flat = _mask_(dscore, decays).view(M, 2 * C, C)
+        dX = torch.bmm(flat, w.to(operands)).view(X.shape)
+        return dX.to(X.dtype), torch.bmm(flat.mT, X.view(M, 2 * C, K).to(operands)).to(X.dtype), dG
     dX, dw = torch.zeros_like(X), torch.zeros_like(w)
     for s, prefix, suffix in doubling(decays.alpha):
         if s < C:
-            rows, columns = _square_operands(X, w, prefix, suffix, s)
-            square = lower_blocks(dM, s).transpose(1, 2).reshape(-1, C // (2 * s), 2 * s, s)
-            d_rows = (square @ columns).unflatten(2, (2, s)).transpose(1, 2)
-            runs(dX, s, 1).addcmul_(d_rows, runs(prefix, s, 1)[:, None])
-            runs(dw, s, 0).addcmul_(square.mT @ rows, runs(suffix, s, 0))
-    dG = (X * dX).sum(1) - w * dw
-    diagonal = dM[:, 0].diagonal(dim1=1, dim2=2)[..., None]
-    dX[:, 0] += diagonal * w
-    dw += diagonal * X[:, 0]
+            rows, columns = _square_operands(X, w, prefix, suffix, s, operands)
+            square = lower_blocks(dscore, s).transpose(1, 2).reshape(-1, C // (2 * s), 2 * s, s)
+            drows = (square @ columns).unflatten(2, (2, s)).transpose(1, 2)
+            runs(dX, s, 1).addcmul_(drows.to(X.dtype), runs(prefix, s, 1)[:, None])
+            runs(dw, s, 0).addcmul_((square.mT @ rows).to(X.dtype), runs(suffix, s, 0))
+    dG = (X * dX).sum(1).addcmul_(w, dw, value=-1.0)
+    diagonal = dscore[:, 0].diagonal(dim1=1, dim2=2)[..., None].to(X.dtype)
+    dX[:, 0].addcmul_(diagonal, w)
+    dw.addcmul_(diagonal, X[:, 0])
     return dX, dw, dG
 
 
-def pair_decays(alpha: Tensor) -> tuple[Tensor, Decays]:
-    """alpha [M, C, 1] -> the decay from column to row [M, C, C], zero above the diagonal; and the chunk's decays."""
-    M, C, _ = alpha.shape
-    pair = alpha.new_zeros(M, C, C)
-    pair.diagonal(dim1=1, dim2=2).fill_(1)
-    prefix = suffix = alpha
-    for s, prefix, suffix in doubling(alpha):
-        if s < C:
-            torch.mul(runs(prefix, s, 1), runs(suffix, s, 0).mT, out=lower_blocks(pair, s))
-    return pair, Decays(alpha, prefix, suffix, prefix[:, -1, :, None])
-
-
-def mask_(pairs: Tensor) -> Tensor:
-    """Zeroes [M, 2, C, C] above the diagonal (queries), on and above it (keys)."""
-    pairs[:, 0].tril_()
-    pairs[:, 1].tril_(-1)
+def _mask_(pairs: Tensor, decays: Decays | None) -> Tensor:
+    """Decays [M, 2, C, C] where a head has one decay, and zeroes it above the diagonal; for keys also on it."""
+    if decays is None:
+        pairs[:, 0].tril_()
+        pairs[:, 1].tril_(-1)
+    else:
+        assert decays.pair is not None
+        pairs.mul_(decays.pair[:, None])
+        pairs[:, 1].diagonal(dim1=1, dim2=2).zero_()
     return pairs
 
 
-def _products(X: Tensor, w: Tensor) -> Tensor:
-    M, _, C, K = X.shape
-    return torch.bmm(X.reshape(M, 2 * C, K), w.mT).view(M, 2, C, C)
-
-
-def _square_operands(X: Tensor, w: Tensor, prefix: Tensor, suffix: Tensor, s: int) -> tuple[Tensor, Tensor]:
+def _square_operands(
+    X: Tensor, w: Tensor, prefix: Tensor, suffix: Tensor, s: int, operands: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Decayed rows [M, C / 2s, 2s, K] (queries above keys) and columns [M, C / 2s, s, K] of the squares of size s."""
     M, _, C, K = X.shape
-    rows = X.new_empty(M, C // (2 * s), 2, s, K)
+    rows = X.new_empty(M, C // (2 * s), 2, s, K, dtype=operands)
     torch.mul(runs(X, s, 1).transpose(1, 2), runs(prefix, s, 1)[:, :, None], out=rows)
-    return rows.flatten(2, 3), runs(w, s, 0) * runs(suffix, s, 0)
+    columns = X.new_empty(M, C // (2 * s), s, K, dtype=operands)
+    torch.mul(runs(w, s, 0), runs(suffix, s, 0), out=columns)
+    return rows.flatten(2, 3), columns

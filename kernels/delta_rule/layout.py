@@ -1,8 +1,7 @@
-"""Where the tokens of a batch, dense or packed, sit in a list of chunks.
+"""Where the tokens of a batch, dense or packed, sit in a list of chunks, and how that list is cut in slabs.
 
 Chunks are sorted by their place in the sequence first and by sequence second, and sequences by falling length. So the
-chunks that the state scan meets at one step are neighbours, and so are the states of the sequences that are still
-running.
+chunks that the state scan meets at one step are neighbours, and so are the states of the sequences still running.
 """
 
 from __future__ import annotations
@@ -14,61 +13,83 @@ from torch import Tensor
 
 from kernels.packing import sequence_bounds
 
+# Chunks times heads worked on at once on CPU: at K = 128 an operand of a slab is 1 MiB, so a few of them stay in cache,
+# and temporary memory does not grow with T. Measured: kernels/LEDGER.md.
+SLAB = 32
+# Slabs start from a stored state. Fewer steps than this would store more states than the operands weigh.
+LEAST_STEPS = 4
+
 
 @dataclass(frozen=True)
-class ChunkLayout:
-    """The list of chunks of one call.
+class Slab:
+    """A run of steps of the scan.
 
-    steps: [(first chunk, last chunk + 1)] of each step of the scan; a step of n chunks concerns the first n sequences.
-    slots: int64 [T], the place of each packed token in the flattened list, or None for a dense batch.
-    order: int64 [N], the sequence behind each row of the sorted states, or None where they are not reordered.
+    sizes: chunks (= running sequences) of each step.
+    chunks: their place in the list of chunks.
+    first, last: token range of a dense batch, [first, last) in every row.
+    tokens, places: int64, the tokens of a packed batch and their places in the slab, flattened over [chunk, C].
     """
 
     B: int
-    T: int
+    C: int
+    sizes: list[int]
+    chunks: slice
+    first: int
+    last: int
+    tokens: Tensor | None
+    places: Tensor | None
+
+    def rows(self, heads: int) -> slice:
+        """The slab's place in tensors whose first dim is chunks times heads."""
+        return slice(self.chunks.start * heads, self.chunks.stop * heads)
+
+    def split(self, x: Tensor, heads: int) -> tuple[Tensor, ...]:
+        """x [chunks · heads, ...] -> one tensor a step."""
+        return x.split([n * heads for n in self.sizes])
+
+    def pack(self, x: Tensor, out: Tensor) -> Tensor:
+        """Copies the slab's tokens of x [B, T, H, ...] into out [chunks, H, C, ...]; places without a token become 0."""
+        by_token = out.transpose(1, 2)  # [chunks, C, H, ...]
+        if self.tokens is not None:
+            flat = x.new_zeros(by_token.shape[0] * self.C, *x.shape[2:])
+            by_token.copy_(flat.index_copy_(0, self.places, x[0].index_select(0, self.tokens)).view(by_token.shape))
+            return out
+        by_row = by_token.unflatten(0, (-1, self.B)).transpose(0, 1)  # [B, steps, C, H, ...]
+        whole, left = divmod(self.last - self.first, self.C)
+        middle = self.first + whole * self.C
+        by_row[:, :whole].copy_(x[:, self.first : middle].unflatten(1, (whole, self.C)))
+        if left:
+            by_row[:, whole, :left].copy_(x[:, middle : self.last])
+            by_row[:, whole, left:].zero_()
+        return out
+
+    def unpack(self, x: Tensor, out: Tensor) -> None:
+        """Copies x [chunks, H, C, ...] to the slab's tokens of out [B, T, H, ...]."""
+        by_token = x.transpose(1, 2)
+        if self.tokens is not None:
+            rows = by_token.reshape(-1, *out.shape[2:]).index_select(0, self.places)
+            out[0].index_copy_(0, self.tokens, rows.to(out.dtype))
+            return
+        by_row = by_token.unflatten(0, (-1, self.B)).transpose(0, 1)
+        whole, left = divmod(self.last - self.first, self.C)
+        middle = self.first + whole * self.C
+        out[:, self.first : middle].unflatten(1, (whole, self.C)).copy_(by_row[:, :whole])
+        if left:
+            out[:, middle : self.last].copy_(by_row[:, whole, :left])
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """The chunks of one call. N sequences in `chunks` chunks of C tokens.
+
+    order: int64 [N], the sequence behind each row of the sorted states, or None where they keep their order.
+    """
+
     N: int
     C: int
-    steps: list[tuple[int, int]]
-    slots: Tensor | None = None
+    chunks: int
+    slabs: list[Slab]
     order: Tensor | None = None
-
-    @property
-    def chunks(self) -> int:
-        return self.steps[-1][1]
-
-    def pack(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [B, T, H, ...] -> [M, H, C, ...], M chunks; places without a token are zero. Converts to out's dtype."""
-        H, rest = x.shape[2], x.shape[3:]
-        if out is None:
-            out = x.new_empty(self.chunks, H, self.C, *rest)
-        by_token = out.transpose(1, 2)  # [M, C, H, ...]
-        if self.slots is not None:
-            flat = x.new_zeros(self.chunks * self.C, H, *rest)
-            flat.index_copy_(0, self.slots, x[0])
-            by_token.copy_(flat.view(self.chunks, self.C, H, *rest))
-            return out
-        whole, left = divmod(self.T, self.C)
-        by_row = by_token.unflatten(0, (-1, self.B))  # [T / C, B, C, H, ...]
-        by_row[:whole].copy_(x[:, : whole * self.C].unflatten(1, (whole, self.C)).transpose(0, 1))
-        if left:
-            by_row[whole, :, :left].copy_(x[:, whole * self.C :])
-            by_row[whole, :, left:].zero_()
-        return out
-
-    def unpack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x [M, H, C, ...] -> [B, T, H, ...], the inverse of pack."""
-        H, rest = x.shape[1], x.shape[3:]
-        out = x.new_empty(self.B, self.T, H, *rest, dtype=dtype)
-        by_token = x.transpose(1, 2)
-        if self.slots is not None:
-            out[0].copy_(by_token.reshape(self.chunks * self.C, H, *rest).index_select(0, self.slots))
-            return out
-        whole, left = divmod(self.T, self.C)
-        by_row = by_token.unflatten(0, (-1, self.B)).transpose(0, 1)
-        out[:, : whole * self.C].unflatten(1, (whole, self.C)).copy_(by_row[:, :whole])
-        if left:
-            out[:, whole * self.C :].copy_(by_row[:, whole, :left])
-        return out
 
     def sort_states(self, states: Tensor) -> Tensor:
         """[N, ...] by sequence -> by falling length."""
@@ -80,21 +101,48 @@ class ChunkLayout:
         return torch.empty_like(states).index_copy_(0, self.order, states)
 
 
-def chunk_layout(q: Tensor, cu_seqlens: Tensor | None, C: int) -> ChunkLayout:
-    """The layout of q's tokens ([B, T, ...], packed when cu_seqlens is given) in chunks of C."""
+def chunk_layout(q: Tensor, cu_seqlens: Tensor | None, heads: int, C: int) -> ChunkLayout:
+    """The layout of q's tokens ([B, T, ...], packed when cu_seqlens is given) in chunks of C, for so many value heads."""
     B, T = q.shape[:2]
     if cu_seqlens is None:
-        steps = [(t * B, (t + 1) * B) for t in range(-(-T // C))]
-        return ChunkLayout(B, T, B, C, steps)
+        sizes = [B] * -(-T // C)
+        slabs = [
+            Slab(B, C, sizes[s:e], slice(s * B, e * B), s * C, min(e * C, T), None, None)
+            for s, e in _cut(sizes, heads, q.device)
+        ]
+        return ChunkLayout(B, C, len(sizes) * B, slabs)
+
     starts, ends = torch.tensor([bounds[1:] for bounds in sequence_bounds(cu_seqlens, B, T)]).unbind(1)
     lengths = ends - starts
+    N = lengths.numel()
     order = torch.argsort(lengths, descending=True, stable=True)
-    running = (lengths[order][None] > C * torch.arange(-(-int(lengths.max()) // C))[:, None]).sum(1)
-    last = torch.cumsum(running, 0)
-    steps = list(zip((last - running).tolist(), last.tolist()))
+    steps = -(-int(lengths.max()) // C)
+    running = (lengths[order][None] > C * torch.arange(steps)[:, None]).sum(1)
+    before = torch.cat([running.new_zeros(1), running.cumsum(0)])  # chunks before each step
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(lengths.numel())
-    place = torch.arange(T) - torch.repeat_interleave(starts, lengths)
-    chunk = (last - running)[place // C] + torch.repeat_interleave(rank, lengths)
-    slots = (chunk * C + place % C).to(q.device)
-    return ChunkLayout(B, T, lengths.numel(), C, steps, slots, order.to(q.device))
+    rank[order] = torch.arange(N)
+    inside = torch.arange(T) - torch.repeat_interleave(starts, lengths)
+    places = (before[inside // C] + torch.repeat_interleave(rank, lengths)) * C + inside % C
+    tokens = torch.argsort(places)
+    places = places[tokens]
+    sizes = running.tolist()
+    slabs = []
+    for s, e in _cut(sizes, heads, q.device):
+        a, b = int(before[s]), int(before[e])
+        i, j = torch.searchsorted(places, torch.tensor([a * C, b * C])).tolist()
+        here = (tokens[i:j].to(q.device), (places[i:j] - a * C).to(q.device))
+        slabs.append(Slab(B, C, sizes[s:e], slice(a, b), 0, 0, *here))
+    return ChunkLayout(N, C, int(before[-1]), slabs, order.to(q.device))
+
+
+def _cut(sizes: list[int], heads: int, device: torch.device) -> list[tuple[int, int]]:
+    """Cuts the steps, given the chunks of each, into slabs [(first step, last step + 1)]."""
+    if device.type != "cpu":  # an accelerator wants all the work at once
+        return [(0, len(sizes))]
+    cuts, start, held = [], 0, 0
+    for t, n in enumerate(sizes):
+        if t - start >= LEAST_STEPS and (held + n) * heads > SLAB:
+            cuts.append((start, t))
+            start, held = t, 0
+        held += n
+    return [*cuts, (start, len(sizes))]
