@@ -93,7 +93,7 @@ def faults(arch: Architecture) -> list[Fault]:
         return [
             sound,
             # a cap on registers is met by spilling
-            Fault("registers spill", "spill", (128, 128, 64), options={"waves_per_eu": 4, "num_stages": 3}),
+            Fault("registers spill", "spill", (128, 128, 64), options={"waves_per_eu": 6}),
             Fault("shared memory overflows", "shared", (256, 256, 128), options={"num_warps": 8, "num_stages": 4}),
             # nonkdim 4 has no bf16 instruction of this shape: triton falls back to scalar code in silence
             Fault("matrix instructions are lost", "matrix", (32, 32, 32), options={"matrix_instr_nonkdim": 4}),
