@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
-from kernels.gated_linear_attention.triton_gates import level_factors
+from kernels.gated_linear_attention.triton_gates import level_factors, level_pairs
 from kernels.gated_linear_attention.triton_output import scalar_decay
 
 
@@ -157,8 +157,8 @@ def channel_backward_kernel(
 
         dA, dA_t = _score_gradients(v, do, row, valid, HV, V, BT, BV, PRECISION)
         diagonal = tl.sum(tl.where(row[:, None] == row[None, :], dA, 0.0), axis=1)[:, None]
-        dA = dA.to(q.dtype.element_ty)
-        dA_t = dA_t.to(q.dtype.element_ty)
+        # dA below the diagonal, its transpose above.
+        pairs = tl.where(row[:, None] > row[None, :], dA, dA_t).to(q.dtype.element_ty)
 
         a_dq = tl.zeros([BT, BK], dtype=tl.float32)
         a_dk = tl.zeros([BT, BK], dtype=tl.float32)
@@ -187,14 +187,12 @@ def channel_backward_kernel(
         a_dk += diagonal * b_q.to(tl.float32) * scale
         for level in tl.range(LEVELS, num_stages=1):
             upper, factor = level_factors(b_G, G, row, ks, rows, level, HV, K)
-            # Keep the pairs of one block: later token in its upper half, earlier one in its lower half.
-            same = (row[:, None] >> (level + 1)) == (row[None, :] >> (level + 1))
-            right = tl.where(upper[:, None], 0.0, b_k.to(tl.float32) * factor).to(b_k.dtype)
-            pairs = tl.where(same & upper[:, None], dA, 0.0).to(b_k.dtype)
-            a_dq += tl.dot(pairs, right, input_precision=PRECISION) * factor
-            left = tl.where(upper[:, None], b_q.to(tl.float32) * (factor * scale), 0.0).to(b_q.dtype)
-            pairs = tl.where(same & upper[None, :] & ((row & (1 << level)) == 0)[:, None], dA_t, 0.0).to(b_q.dtype)
-            a_dk += tl.dot(pairs, left, input_precision=PRECISION) * factor
+            # One product serves both: rows in upper halves collect keys for dq, rows in lower halves queries for dk.
+            x = (tl.where(upper[:, None], b_q.to(tl.float32) * scale, b_k.to(tl.float32)) * factor).to(b_q.dtype)
+            weights = tl.where(level_pairs(row, level), pairs, 0.0).to(b_q.dtype)
+            y = tl.dot(weights, x, input_precision=PRECISION) * factor
+            a_dq += tl.where(upper[:, None], y, 0.0)
+            a_dk += tl.where(upper[:, None], 0.0, y)
         a_dq *= scale
         at = (token * HV + hv) * K + row[:, None] * (HV * K) + ks[None, :]
         tl.store(dq + at, a_dq.to(dq.dtype.element_ty), mask=mask_k)

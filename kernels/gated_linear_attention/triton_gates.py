@@ -54,6 +54,12 @@ def level_factors(G, G_chunk, row, k, rows, level, HV: tl.constexpr, K: tl.const
     return (row & half) != 0, tl.exp2(-tl.abs(G - at))
 
 
+@triton.jit
+def level_pairs(row, level):
+    """Pairs of tokens [BT, BT] in the two halves of one block of the level: those whose highest unequal bit it is."""
+    return ((row[:, None] ^ row[None, :]) >> level) == 1
+
+
 @triton.jit(do_not_specialize=["T", "scale"])
 def prepare_kernel(
     q, k, G, qg, kg, decay, A, cu_seqlens, indices, scale, T,
@@ -97,12 +103,10 @@ def prepare_kernel(
                 scores += tl.where(row[:, None] == row[None, :], diagonal[:, None], 0.0)
                 for level in tl.range(LEVELS, num_stages=1):
                     upper, factor = level_factors(b_G, G, row, ks, rows, level, HV, K)
-                    left = tl.where(upper[:, None], f_q * factor, 0.0).to(b_q.dtype)
-                    right = tl.where(upper[:, None], 0.0, f_k * factor).to(b_k.dtype)
-                    product = tl.dot(left, tl.trans(right), input_precision=PRECISION)
-                    # Halves of different blocks meet in the product too: those entries belong to other levels.
-                    same = (row[:, None] >> (level + 1)) == (row[None, :] >> (level + 1))
-                    scores += tl.where(same, product, 0.0)
+                    # A token is a query in upper halves and a key in lower ones, so that one operand holds both.
+                    x = (tl.where(upper[:, None], f_q, f_k) * factor).to(b_q.dtype)
+                    product = tl.dot(x, tl.trans(x), input_precision=PRECISION)
+                    scores += tl.where(level_pairs(row, level) & upper[:, None], product, 0.0)
         if SCORES:
             A += (token * HV + hv) * BT
             pointer = A + row[:, None] * (HV * BT) + row[None, :]
