@@ -34,6 +34,24 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "gfx942": {**_AMD, "BV": 32, "num_warps": 8},
         "gfx950": {**_AMD, "BV": 32, "num_warps": 8},
     },
+    "delta_rule_channel_gate": {
+        "generic": {"num_warps": 8, "num_stages": 1},
+    },
+    "delta_rule_channel_tiles": {
+        "generic": {"BC": 64, "num_warps": 4, "num_stages": 1},
+        "gfx942": _AMD,
+        "gfx950": _AMD,
+    },
+    "delta_rule_channel_squares": {
+        "generic": {"BV": 64, "num_warps": 4, "num_stages": 1},
+        "gfx942": _AMD,
+        "gfx950": _AMD,
+    },
+    "delta_rule_channel_gradients": {
+        "generic": {"BC": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+        "gfx942": _AMD,
+        "gfx950": _AMD,
+    },
 }
 
 
@@ -44,7 +62,7 @@ def chunk_size(T: int, K: int, dtype: torch.dtype) -> int:
 
 
 def launch(kernel: str, x: torch.Tensor, **keys: int | str) -> Use:
-    return parameters(kernel, architecture(x.device), defaults=DEFAULTS, **keys)
+    return dict(parameters(kernel, architecture(x.device), defaults=DEFAULTS, **keys))
 
 
 def precision(x: torch.Tensor, purpose: str) -> str:

@@ -1,0 +1,203 @@
+"""Gradients inside one chunk with a gate a channel (KDA): triton_backward.py's formulas with dyadic references.
+
+With D_ijk = exp(G_ik - G_jk), dA = scale tril(dO V_new^T) and M = -stril(X V_new^T), per channel:
+
+    Y  = Σ_j M_ij k_j D_ij - exp(G) X S^T
+    dQ = scale exp(G) dO S^T + Σ_j dA_ij k_j D_ij
+    dK = exp(G_end - G) V_new dS^T + Σ_i (dA_ij q_i + beta_i M_ij k_i) D_ij + beta Y
+    dG = Q dQ - K dK + 2 beta K Y, and for the last row Σ K exp(G_end - G) V_new dS^T + exp(G_end) Σ_V S dS
+
+dA and M are made once (channel_squares_kernel), the rest for a block of channels at a time (channel_gradients_kernel).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import load_tile_masked
+from kernels.delta_rule.triton_channel import level_decay, level_pairs
+
+
+@triton.jit(do_not_specialize=["T"])
+def channel_squares_kernel(
+    v,  # [total, HV, V]
+    do,  # [total, HV, V]
+    rates,  # [slots, HV, BT] fp32
+    v_new,  # [slots, HV, V, BT]
+    d_error,  # [slots, HV, V, BT]
+    d_scores,  # [slots, HV, BT, BT] out: dA
+    d_lower,  # [slots, HV, BT, BT] out: M
+    dv,  # [total, HV, V] out
+    dbeta,  # [total, HV] fp32 out: <X, V>, the first part of the gradient
+    cu_seqlens,
+    indices,
+    scale,
+    T,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    PACKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    hv = tl.program_id(0)
+    slot = tl.program_id(1)
+    sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
+    if sequence < 0:
+        return
+    first = begin + chunk * BT
+    by_head = tl.cast(slot, tl.int64) * HV + hv
+    row = tl.arange(0, BT)
+    live = row < length - chunk * BT
+    within = tl.arange(0, BV)
+    at_v = row[:, None] * (HV * V) + within[None, :]
+    at_new = within[:, None] * BT + row[None, :]
+    b_beta = tl.load(rates + by_head * BT + row)
+
+    b_scores = tl.zeros([BT, BT], dtype=tl.float32)
+    b_lower = tl.zeros([BT, BT], dtype=tl.float32)
+    b_dbeta = tl.zeros([BT], dtype=tl.float32)
+    for start in range(0, V, BV):
+        inside = within < V - start
+        mask_v = live[:, None] & inside[None, :]
+        b_do = load_tile_masked(do, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
+        b_v = load_tile_masked(v, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
+        b_new = load_tile_masked(v_new, by_head * V + start, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_x = load_tile_masked(d_error, by_head * V + start, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_scores = tl.dot(b_do, b_new, acc=b_scores, input_precision=PRECISION)
+        b_lower = tl.dot(tl.trans(b_x), b_new, acc=b_lower, input_precision=PRECISION)
+        wide_x = tl.trans(b_x).to(tl.float32)
+        b_dbeta += tl.sum(wide_x * b_v.to(tl.float32), axis=1)
+        to = dv + first * (HV * V) + hv * V + start + at_v
+        tl.store(to, (wide_x * b_beta[:, None]).to(dv.dtype.element_ty), mask=mask_v)
+    at_t = by_head * BT * BT + row[:, None] * BT + row[None, :]
+    # Rows beyond the sequence may have been read from the next one.
+    b_scores = tl.where((row[:, None] >= row[None, :]) & live[:, None], b_scores * scale, 0.0)
+    b_lower = tl.where(row[:, None] > row[None, :], -b_lower, 0.0)
+    tl.store(d_scores + at_t, b_scores.to(d_scores.dtype.element_ty))
+    tl.store(d_lower + at_t, b_lower.to(d_lower.dtype.element_ty))
+    tl.store(dbeta + first * HV + hv + row * HV, b_dbeta, mask=live)
+
+
+@triton.jit(do_not_specialize=["T"])
+def channel_gradients_kernel(
+    q_unit,  # [slots, H, BT, BK]
+    k_unit,
+    do,  # [total, HV, V]
+    rates,  # [slots, HV, BT] fp32
+    cumulative,  # [slots, HV, BT, BK] fp32
+    states,  # [slots, HV, V, BK]
+    d_states,  # [slots, HV, V, BK]
+    v_new,  # [slots, HV, V, BT]
+    d_error,  # [slots, HV, V, BT]
+    d_scores,  # [slots, HV, BT, BT]
+    d_lower,  # [slots, HV, BT, BT]
+    dq,  # [total, HV, K] out
+    dk,  # [total, HV, K] out
+    dbeta,  # [BK / BC, total, HV] fp32 out: <K, Y> of each block of channels
+    dg,  # [total, HV, K] out
+    cu_seqlens,
+    indices,
+    scale,
+    T,
+    total,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+    PACKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Programs of one chunk and head are neighbours: they read the same tiles.
+    hv = tl.program_id(0) // (BK // BC)
+    i_c = tl.program_id(0) % (BK // BC)
+    slot = tl.program_id(1)
+    sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
+    if sequence < 0:
+        return
+    h = hv // (HV // H)
+    first = begin + chunk * BT
+    by_key_head = tl.cast(slot, tl.int64) * H + h
+    by_head = tl.cast(slot, tl.int64) * HV + hv
+    row = tl.arange(0, BT)
+    live = row < length - chunk * BT
+    column = i_c * BC + tl.arange(0, BC)
+    value = tl.arange(0, BV)
+    at_v = row[:, None] * (HV * V) + value[None, :]
+    at_s = value[:, None] * BK + tl.arange(0, BC)[None, :]
+    at_new = value[:, None] * BT + row[None, :]
+    at_k = row[:, None] * BK + column[None, :]
+    b_beta = tl.load(rates + by_head * BT + row)
+
+    b_dq = tl.zeros([BT, BC], dtype=tl.float32)
+    b_dk = tl.zeros([BT, BC], dtype=tl.float32)
+    b_y = tl.zeros([BT, BC], dtype=tl.float32)
+    at_end = tl.zeros([BC], dtype=tl.float32)
+    for start in range(0, V, BV):
+        inside = value < V - start
+        mask_v = live[:, None] & inside[None, :]
+        row_v = by_head * V + start
+        b_do = load_tile_masked(do, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
+        b_new = load_tile_masked(v_new, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_x = load_tile_masked(d_error, row_v, 0, at_new, inside[:, None], BT, DESCRIPTOR)
+        b_s = load_tile_masked(states, row_v, i_c * BC, at_s, inside[:, None], BK, DESCRIPTOR)
+        b_ds = load_tile_masked(d_states, row_v, i_c * BC, at_s, inside[:, None], BK, DESCRIPTOR)
+        b_dq = tl.dot(b_do, b_s, acc=b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_new), b_ds, acc=b_dk, input_precision=PRECISION)
+        b_y = tl.dot(tl.trans(b_x), b_s, acc=b_y, input_precision=PRECISION)
+        at_end += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
+
+    b_k = tl.load(k_unit + by_key_head * BT * BK + at_k)
+    b_q = tl.load(q_unit + by_key_head * BT * BK + at_k)
+    cumulative += by_head * BT * BK
+    b_g = tl.load(cumulative + at_k)
+    end = tl.load(cumulative + (BT - 1) * BK + column)
+    wide_k = b_k.to(tl.float32)
+    wide_q = b_q.to(tl.float32)
+    from_start = tl.exp2(b_g)
+    b_dq *= from_start * scale
+    b_y *= -from_start
+    b_dk *= tl.exp2(end[None, :] - b_g)
+    at_end = tl.exp2(end) * at_end + tl.sum(b_dk * wide_k, axis=0)
+
+    # dA and M are read afresh at each level, straight and transposed: they stay in the nearest cache.
+    at_t = by_head * BT * BT + row[:, None] * BT + row[None, :]
+    at_t_t = by_head * BT * BT + row[None, :] * BT + row[:, None]
+    for level in tl.static_range(0, 6):
+        if (BT >> (level + 1)) > 0:
+            decay = level_decay(cumulative, b_g, row, column, BT >> (level + 1), BK)
+            pairs = level_pairs(row[:, None], row[None, :], BT >> (level + 1))
+            near = (wide_k * decay).to(b_k.dtype)
+            tile = tl.load(d_scores + at_t, mask=pairs, other=0.0)
+            b_dq += decay * tl.dot(tile, near, input_precision=PRECISION)
+            tile = tl.load(d_lower + at_t, mask=pairs, other=0.0)
+            b_y += decay * tl.dot(tile, near, input_precision=PRECISION)
+            pairs = level_pairs(row[None, :], row[:, None], BT >> (level + 1))
+            tile = tl.load(d_lower + at_t_t, mask=pairs, other=0.0)
+            near = (wide_k * b_beta[:, None] * decay).to(b_k.dtype)
+            part = tl.dot(tile, near, input_precision=PRECISION)
+            tile = tl.load(d_scores + at_t_t, mask=pairs, other=0.0)
+            near = (wide_q * decay).to(b_k.dtype)
+            part = tl.dot(tile, near, acc=part, input_precision=PRECISION)
+            b_dk += decay * part
+    own = tl.load(d_scores + by_head * BT * BT + row * (BT + 1)).to(tl.float32)
+    b_dq += own[:, None] * wide_k
+    b_dk += own[:, None] * wide_q + b_beta[:, None] * b_y
+
+    d_g = wide_q * b_dq - wide_k * b_dk + 2.0 * b_beta[:, None] * (wide_k * b_y)
+    d_g = tl.cumsum(d_g, axis=0, reverse=True) + at_end[None, :]
+    mask = live[:, None] & (column < K)[None, :]
+    at_out = (first * HV + hv) * K + row[:, None] * (HV * K) + column[None, :]
+    tl.store(dg + at_out, d_g.to(dg.dtype.element_ty), mask=mask)
+    tl.store(dq + at_out, b_dq.to(dq.dtype.element_ty), mask=mask)
+    tl.store(dk + at_out, b_dk.to(dk.dtype.element_ty), mask=mask)
+    to = dbeta + (tl.cast(i_c, tl.int64) * total + first) * HV + hv + row * HV
+    tl.store(to, tl.sum(wide_k * b_y, axis=1), mask=live)
