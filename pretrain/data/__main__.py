@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="GLOB",
         help="files to read; may be repeated; ** crosses folders",
     )
+    p.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out, such as '*/tests/*'"
+    )
     p.add_argument("--output", required=True, metavar="FOLDER", help="where to write; appears only when complete")
     p.add_argument(
         "--format",
@@ -68,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="N",
-        help="stop after this much text, taken from files in shuffled order",
+        help="stop once this much text is taken, from files in shuffled order",
     )
     p.add_argument("--sample-bytes", type=int, default=32_000_000, metavar="N", help="text to train the tokenizer on")
     p.add_argument(
@@ -106,7 +109,7 @@ def _interrupt(signum: int, frame: Any) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code (0 done, 1 failed, 2 usage, 77 corrupt or missing data)."""
     args = parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         if args.command == "prepare":
             from pretrain.data.report import run_prepare
@@ -125,6 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         sys.stderr.close()
         return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

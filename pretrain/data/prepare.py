@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -44,6 +45,7 @@ class PrepareOptions:
 
     input: list[str]
     output: Path
+    exclude: list[str] = field(default_factory=list)
     format: str = "auto"
     text_field: str = "text"
     vocabulary: int = 4096
@@ -144,11 +146,7 @@ class _Writer:
                 if not length or digest in self.seen:
                     self.dropped["empty" if not length else "duplicate"] += 1
                     continue
-                if (
-                    self.options.limit_bytes is not None
-                    and self.text_bytes + length > self.options.limit_bytes
-                    and self.seen
-                ):
+                if self.options.limit_bytes is not None and self.text_bytes >= self.options.limit_bytes:
                     if batch:
                         yield batch
                     return
@@ -192,7 +190,9 @@ def prepare(options: PrepareOptions, report: Report | None = None) -> manifests.
     """
     report = report or (lambda stage, done, total: None)
     check_output(options.output, options.overwrite)
-    files = [(path, format_of(path, options.format), path.stat().st_size) for path in expand(options.input)]
+    files = [
+        (path, format_of(path, options.format), path.stat().st_size) for path in expand(options.input, options.exclude)
+    ]
     if options.limit_bytes is not None:
         # The first files by name are one corner of a corpus; a shuffle by number takes from all of it.
         files = [files[i] for i in permutation(len(files), options.seed)]
@@ -235,13 +235,12 @@ def _write(
     builders = {name: megatron.IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype) for name in SPLITS}
     reading = options.reading(cache)
     writer = _Writer(folder, options, reading, report)
-    try:
-        with (folder / "validation_text.bin").open("wb") as held_out:
-            for encoded in encode_all(writer.batches(files, held_out), model, options.workers):
-                writer.add(encoded, builders)
-    finally:
+    with contextlib.ExitStack() as closing:
         for builder in builders.values():
-            builder.data_file.close()
+            closing.callback(builder.data_file.close)
+        held_out = closing.enter_context((folder / "validation_text.bin").open("wb"))
+        for encoded in encode_all(writer.batches(files, held_out), model, options.workers):
+            writer.add(encoded, builders)
     for name, builder in builders.items():
         builder.finalize(str(folder / f"{name}.idx"))
     writer.dropped["unreadable"] = reading.undecodable
@@ -308,6 +307,7 @@ def _describe(
         dropped=dict(writer.dropped),
         settings={
             "input": options.input,
+            "exclude": options.exclude,
             "format": options.format,
             "text_field": options.text_field,
             "validation": options.validation,

@@ -19,6 +19,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     options = PrepareOptions(
         input=args.input,
         output=Path(args.output),
+        exclude=args.exclude,
         format=args.format,
         text_field=args.text_field,
         vocabulary=args.vocabulary,

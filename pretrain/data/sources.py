@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,11 @@ class Reading:
         self.skipped.append(message)
 
 
-def expand(patterns: list[str]) -> list[Path]:
-    """The files that the globs match (`**` crosses folders), sorted, each once. Raises DataError for a glob without a
-    file.
+def expand(patterns: list[str], exclude: Sequence[str] = ()) -> list[Path]:
+    """The files that the globs match (`**` crosses folders), sorted, each once.
+
+    exclude: patterns for whole paths, in which `*` crosses folders too. Raises DataError for a glob without a file, or if
+    none remains.
     """
     found: set[Path] = set()
     for pattern in patterns:
@@ -59,11 +62,14 @@ def expand(patterns: list[str]) -> list[Path]:
             )
             raise DataError(f"--input {pattern!r} {what}; {hint}")
         found.update(files)
-    return sorted(found)
+    kept = [path for path in sorted(found) if not any(fnmatch.fnmatch(str(path), pattern) for pattern in exclude)]
+    if not kept:
+        raise DataError(f"--exclude leaves none of {len(found)} files; its `*` matches across folders: narrow it")
+    return kept
 
 
 def format_of(path: Path, chosen: str) -> str:
-    """ "text", "jsonl" or "parquet" for one file. Raises ValueError for a suffix that is known to be none of them."""
+    """The format of one file: text, jsonl or parquet. Raises ValueError for a suffix that is known to be none of them."""
     if chosen != "auto":
         return chosen
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -96,7 +102,7 @@ def _text(path: Path, form: str, reading: Reading) -> Iterator[str]:
     except UnicodeDecodeError as error:
         reading.bad(
             f"{path} is not UTF-8 at byte {error.start} (0x{raw[error.start]:02x})",
-            "convert it, exclude it from the glob, or pass `--on-bad skip`",
+            f"convert it, leave it out with `--exclude '*/{path.name}'`, or pass `--on-bad skip`",
         )
     except OSError as error:
         reading.bad(f"{path} cannot be read: {error.strerror}", "check its permissions, or pass `--on-bad skip`")
