@@ -112,8 +112,8 @@ def _attempt(function: Callable[[], T]) -> _Success[T] | _Failure:
     try:
         return _Success(function())
     except (Exception, CheckpointException) as error:
-        kind = type(error).__name__
-        return _Failure(kind if _KINDS.get(kind) is type(error) else "CheckpointError", describe(error), error)
+        kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "CheckpointError")
+        return _Failure(kind, describe(error), error)
 
 
 def describe(error: BaseException) -> str:

@@ -42,13 +42,15 @@ class Lease:
         self.folder = Path(folder)
         self.agreement = agreement or Agreement()
         self.report = report
-        self._descriptor: int | None = None
+        self._acquired = False
+        self._descriptor: int | None = None  # stays None on ranks other than the coordinator
         # A fork shares the lock, not a copy of it: without this, a data worker that outlives the job would hold it on.
         os.register_at_fork(after_in_child=self._close)
 
     def acquire(self) -> Lease:
         """Take the lease. Collective. Every rank raises LeaseHeld, naming host, process and since when, if it is taken."""
         self.agreement.decide("taking the lease on the run folder", self._lock)
+        self._acquired = True
         return self
 
     def _lock(self) -> None:
@@ -81,6 +83,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease up; the end of the process does it too."""
+        self._acquired = False
         if self._descriptor is not None:
             (self.folder / "lease.json").unlink(missing_ok=True)
             self._close()
@@ -91,7 +94,7 @@ class Lease:
             self._descriptor = None
 
     def __enter__(self) -> Lease:
-        return self
+        return self if self._acquired else self.acquire()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,7 +10,6 @@ Every call is collective unless it says otherwise: all ranks make it, and all re
 from __future__ import annotations
 
 import builtins
-import contextlib
 import json
 import os
 import secrets
@@ -192,8 +191,7 @@ class Checkpoints:
         def sweep() -> None:
             for path in on_disk.leftovers(self.folder):
                 self.report(f"removing {path}, left by a job that ended in the middle of it")
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.rmtree(path)
+                self._try(partial(shutil.rmtree, path))
 
         self.agreement.decide("sweeping", sweep)
 

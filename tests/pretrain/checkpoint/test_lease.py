@@ -58,6 +58,8 @@ def test_released_lease_can_be_taken_again(tmp_path: Path) -> None:
     with Lease(tmp_path).acquire():
         assert (tmp_path / "lease.json").exists()
     assert not (tmp_path / "lease.json").exists() and (tmp_path / "lease.lock").exists()
+    with Lease(tmp_path), pytest.raises(LeaseHeld):  # entering takes it, too
+        Lease(tmp_path).acquire()
     lease = Lease(tmp_path).acquire()
     lease.release()
     lease.release()

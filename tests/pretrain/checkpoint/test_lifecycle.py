@@ -203,6 +203,18 @@ def test_retention(tmp_path: Path) -> None:
     assert len(small(tmp_path / "all", [1, 2, 3, 4, 5], keep=None).list()) == 5
 
 
+def test_what_is_removed_loses_its_name_before_its_files(tmp_path: Path) -> None:
+    checkpoints = small(tmp_path, [10], keep=1)
+    seen: list[list[str]] = []
+    points.observer = lambda point: seen.append(names(tmp_path)) if point == "pruning" else None
+    try:
+        small(tmp_path, [20], keep=1)
+    finally:
+        points.observer = None
+    assert len(seen) == 1 and seen[0][0].endswith(".trash") and seen[0][1:] == ["latest", "step_00000020"]
+    assert names(tmp_path) == ["latest", "step_00000020"] and value(checkpoints) == 20
+
+
 def test_retention_counts_only_complete_ones(tmp_path: Path) -> None:
     checkpoints = small(tmp_path, [10, 20], keep=2)
     (tmp_path / "step_00000020" / ".metadata").unlink()
