@@ -94,15 +94,16 @@ def channel_gate_kernel(
 
 
 @triton.jit
-def level_decay(cumulative, b_g, row, column, s: tl.constexpr, BK: tl.constexpr):
-    """exp(-|G - G_r|) of level s, r the middle row of each block of 2 s. cumulative: pointer to the chunk's G."""
-    reference = tl.load(cumulative + (row // (2 * s) * (2 * s) + s)[:, None] * BK + column[None, :])
+def level_decay(cumulative, b_g, row, column, s, BK: tl.constexpr):
+    """exp(-|G - G_r|) of the level with halves of s rows. cumulative: pointer to the chunk's G."""
+    middle = row // (2 * s) * (2 * s) + s
+    reference = tl.load(cumulative + middle[:, None] * BK + column[None, :])
     return tl.exp2(-tl.abs(b_g - reference))
 
 
 @triton.jit
-def level_pairs(i, j, s: tl.constexpr):
-    """The pairs i > j that level s serves."""
+def level_pairs(i, j, s):
+    """The pairs i > j that the level with halves of s rows serves."""
     return (i // (2 * s) == j // (2 * s)) & (i // s > j // s)
 
 
@@ -123,6 +124,7 @@ def channel_tiles_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BC: tl.constexpr,  # channels at a time
+    LEVELS: tl.constexpr,  # log2(BT)
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -146,16 +148,17 @@ def channel_tiles_kernel(
         b_q = tl.load(q_unit + by_key_head * BT * BK + within)
         b_g = tl.load(cumulative + by_head * BT * BK + within)
         own += tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), axis=1)
-        for level in tl.static_range(0, 6):
-            if (BT >> (level + 1)) > 0:
-                decay = level_decay(cumulative + by_head * BT * BK, b_g, row, column, BT >> (level + 1), BK)
-                pairs = level_pairs(row[:, None], row[None, :], BT >> (level + 1))
-                k_near = (b_k.to(tl.float32) * decay).to(b_k.dtype)
-                q_near = (b_q.to(tl.float32) * decay).to(b_k.dtype)
-                found = tl.dot(k_near, tl.trans(k_near), input_precision=PRECISION)
-                products += tl.where(pairs, found, 0.0)
-                found = tl.dot(q_near, tl.trans(k_near), input_precision=PRECISION)
-                scores += tl.where(pairs, found, 0.0)
+        # A real loop, not an unrolled one: the compiler would start all levels at once and run out of registers.
+        for level in range(0, LEVELS):
+            s = BT >> (level + 1)
+            decay = level_decay(cumulative + by_head * BT * BK, b_g, row, column, s, BK)
+            pairs = level_pairs(row[:, None], row[None, :], s)
+            k_near = (b_k.to(tl.float32) * decay).to(b_k.dtype)
+            q_near = (b_q.to(tl.float32) * decay).to(b_k.dtype)
+            found = tl.dot(k_near, tl.trans(k_near), input_precision=PRECISION)
+            products += tl.where(pairs, found, 0.0)
+            found = tl.dot(q_near, tl.trans(k_near), input_precision=PRECISION)
+            scores += tl.where(pairs, found, 0.0)
 
     at_t = by_head * BT * BT + row[:, None] * BT + row[None, :]
     scores += tl.where(row[:, None] == row[None, :], own[:, None], 0.0)

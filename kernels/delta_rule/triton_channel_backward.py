@@ -112,6 +112,7 @@ def channel_gradients_kernel(
     BK: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
+    LEVELS: tl.constexpr,  # log2(BT)
     PACKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -168,26 +169,22 @@ def channel_gradients_kernel(
     b_dk *= tl.exp2(end[None, :] - b_g)
     at_end = tl.exp2(end) * at_end + tl.sum(b_dk * wide_k, axis=0)
 
-    # dA and M are read afresh at each level, straight and transposed: they stay in the nearest cache.
+    # dA and M are read afresh at each level: they stay in the nearest cache, where registers could not hold them.
     at_t = by_head * BT * BT + row[:, None] * BT + row[None, :]
-    at_t_t = by_head * BT * BT + row[None, :] * BT + row[:, None]
-    for level in tl.static_range(0, 6):
-        if (BT >> (level + 1)) > 0:
-            decay = level_decay(cumulative, b_g, row, column, BT >> (level + 1), BK)
-            pairs = level_pairs(row[:, None], row[None, :], BT >> (level + 1))
-            near = (wide_k * decay).to(b_k.dtype)
-            tile = tl.load(d_scores + at_t, mask=pairs, other=0.0)
-            b_dq += decay * tl.dot(tile, near, input_precision=PRECISION)
-            tile = tl.load(d_lower + at_t, mask=pairs, other=0.0)
-            b_y += decay * tl.dot(tile, near, input_precision=PRECISION)
-            pairs = level_pairs(row[None, :], row[:, None], BT >> (level + 1))
-            tile = tl.load(d_lower + at_t_t, mask=pairs, other=0.0)
-            near = (wide_k * b_beta[:, None] * decay).to(b_k.dtype)
-            part = tl.dot(tile, near, input_precision=PRECISION)
-            tile = tl.load(d_scores + at_t_t, mask=pairs, other=0.0)
-            near = (wide_q * decay).to(b_k.dtype)
-            part = tl.dot(tile, near, acc=part, input_precision=PRECISION)
-            b_dk += decay * part
+    for level in range(0, LEVELS):
+        s = BT >> (level + 1)
+        decay = level_decay(cumulative, b_g, row, column, s, BK)
+        pairs = level_pairs(row[:, None], row[None, :], s)
+        near = (wide_k * decay).to(b_k.dtype)
+        tile = tl.load(d_lower + at_t, mask=pairs, other=0.0)
+        b_y += decay * tl.dot(tile, near, input_precision=PRECISION)
+        near_beta = (wide_k * b_beta[:, None] * decay).to(b_k.dtype)
+        part = tl.dot(tl.trans(tile), near_beta, input_precision=PRECISION)
+        tile = tl.load(d_scores + at_t, mask=pairs, other=0.0)
+        b_dq += decay * tl.dot(tile, near, input_precision=PRECISION)
+        near = (wide_q * decay).to(b_k.dtype)
+        part = tl.dot(tl.trans(tile), near, acc=part, input_precision=PRECISION)
+        b_dk += decay * part
     own = tl.load(d_scores + by_head * BT * BT + row * (BT + 1)).to(tl.float32)
     b_dq += own[:, None] * wide_k
     b_dk += own[:, None] * wide_q + b_beta[:, None] * b_y

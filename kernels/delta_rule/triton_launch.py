@@ -38,9 +38,9 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "generic": {"num_warps": 8, "num_stages": 1},
     },
     "delta_rule_channel_tiles": {
-        "generic": {"BC": 64, "num_warps": 4, "num_stages": 1},
-        "gfx942": _AMD,
-        "gfx950": _AMD,
+        "generic": {"BC": 64, "num_warps": 8, "num_stages": 1},
+        "gfx942": {**_AMD, "BC": 32, "num_warps": 4},
+        "gfx950": {**_AMD, "BC": 32, "num_warps": 4},
     },
     "delta_rule_channel_squares": {
         "generic": {"BV": 64, "num_warps": 4, "num_stages": 1},
@@ -48,9 +48,9 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "gfx950": _AMD,
     },
     "delta_rule_channel_gradients": {
-        "generic": {"BC": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
-        "gfx942": _AMD,
-        "gfx950": _AMD,
+        "generic": {"BC": 32, "BV": 64, "num_warps": 8, "num_stages": 1},
+        "gfx942": {**_AMD, "BC": 32, "num_warps": 4},
+        "gfx950": {**_AMD, "BC": 32, "num_warps": 4},
     },
 }
 
