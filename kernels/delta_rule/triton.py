@@ -24,6 +24,7 @@ from kernels.delta_rule.triton_call import (
     scan_forward,
     shape_of,
 )
+from kernels.delta_rule.triton_segments import join
 
 
 def delta_rule_triton(
@@ -52,19 +53,29 @@ class _DeltaRule(torch.autograd.Function):
         s = shape_of(q, v, g, scale, cu_seqlens)
         p = prepare(s, q, k, beta, g, normalize_qk)
         initial = None if initial_state is None else initial_state.contiguous()
-        o, final, _, _ = scan_forward(s, p, v, initial, output=True, keep=False, final=output_final_state)
+        transition = None
+        if s.segments is None:
+            walk = scan_forward(s, p, v, initial, output=True, final=output_final_state)
+            o, final = walk.o, walk.final
+        else:
+            summary = scan_forward(s, p, v, None, summary=True)
+            transition = summary.transition
+            initial, final = join(
+                s.segments, initial, summary.final, transition, final=output_final_state, reverse=False
+            )
+            o = scan_forward(s, p, v, initial, output=True).o
         ctx.shape, ctx.normalize, ctx.dtypes = s, normalize_qk, (beta.dtype, None if g is None else g.dtype)
         if s.gate == 2:  # the decayed copies are six times as large as q and k, and cheap to make again
-            ctx.save_for_backward(v, initial, p.inverse, p.attention, q, k, beta, g)
+            ctx.save_for_backward(v, initial, transition, p.inverse, p.attention, q, k, beta, g)
         else:
             small = (p.rates, p.cumulative, p.q_factor, p.k_factor)
-            ctx.save_for_backward(v, initial, p.inverse, p.attention, p.q_in, p.k_in, *small)
+            ctx.save_for_backward(v, initial, transition, p.inverse, p.attention, p.q_in, p.k_in, *small)
         return o, final
 
     @staticmethod
     def backward(ctx, do, d_final):
         s: Shape = ctx.shape
-        v, initial, inverse, attention, *rest = ctx.saved_tensors
+        v, initial, transition, inverse, attention, *rest = ctx.saved_tensors
         if s.gate == 2:
             p = channel_gate(s, *rest, ctx.normalize, (inverse, attention))
         else:
@@ -72,10 +83,16 @@ class _DeltaRule(torch.autograd.Function):
             p = Prepared(q_in, k_in, k_in, rates, cumulative, None, inverse, attention, q_in, k_in, *factors)
         do = torch.zeros_like(v) if do is None else do.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
-        _, _, states, v_new = scan_forward(s, p, v, initial, output=False, keep=True, final=False)
-        assert states is not None and v_new is not None
-        d_states, d_error, d_initial = scan_backward(s, p, do, d_final, initial=ctx.needs_input_grad[5])
-        walked = Walked(states, v_new, d_states, d_error)
+        forward = scan_forward(s, p, v, initial, keep=True)
+        wanted = ctx.needs_input_grad[5]
+        if s.segments is None:
+            reverse = scan_backward(s, p, do, d_final, keep=True, initial=wanted)
+            d_initial = reverse.d_initial
+        else:
+            parts = scan_backward(s, p, do, None, initial=True).d_initial
+            d_final, d_initial = join(s.segments, d_final, parts, transition, final=wanted, reverse=True)
+            reverse = scan_backward(s, p, do, d_final, keep=True)
+        walked = Walked(forward.states, forward.v_new, reverse.d_states, reverse.d_error)
         if s.gate == 2:
             dq, dk, dv, dbeta, dg = channel_gradients(s, p, walked, v, do, ctx.dtypes)
             dq, dk = (_through_normalization(x, y, ctx.normalize) for x, y in ((dq, rest[0]), (dk, rest[1])))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
 from kernels.common.chunks import Chunks, dense_chunks, packed_chunks
+from kernels.common.segments import Segments, segments_of
 from kernels.common.tiles import descriptor, descriptors_pay
 from kernels.delta_rule.triton_backward import gradients_kernel
 from kernels.delta_rule.triton_channel import channel_gate_kernel, channel_tiles_kernel
 from kernels.delta_rule.triton_channel_backward import channel_gradients_kernel, channel_squares_kernel
 from kernels.delta_rule.triton_launch import chunk_size, launch, precision
 from kernels.delta_rule.triton_prepare import prepare_kernel
+from kernels.delta_rule.triton_segments import segment_tokens
 from kernels.delta_rule.triton_state import scan_backward_kernel, scan_forward_kernel
 from kernels.tuning import Use
 
@@ -34,6 +36,7 @@ class Shape:
     scale: float
 
     descriptors: bool  # tiles are read through tensor descriptors
+    segments: Segments | None = None
 
     @property
     def BK(self) -> int:
@@ -54,7 +57,12 @@ def shape_of(q: Tensor, v: Tensor, g: Tensor | None, scale: float, cu_seqlens: T
     HV, V = v.shape[2:]
     size = chunk_size(T, K, q.dtype)
     chunks = dense_chunks(B, T, size) if cu_seqlens is None else packed_chunks(cu_seqlens, T, size)
-    return Shape(B, T, H, HV, K, V, 0 if g is None else g.dim() - 2, chunks, scale, descriptors_pay(q.device))
+    s = Shape(B, T, H, HV, K, V, 0 if g is None else g.dim() - 2, chunks, scale, descriptors_pay(q.device))
+    block = min(launch("delta_rule_scan_forward", q, **s.keys)["BV"], triton.next_power_of_2(max(V, 16)))
+    tokens = segment_tokens(q, T, size, K, chunks.sequences * HV, triton.cdiv(V, block))
+    if tokens:
+        s = replace(s, segments=segments_of(chunks, cu_seqlens, tokens, q.device))
+    return s
 
 
 @dataclass(frozen=True)
@@ -201,18 +209,58 @@ def _v_block(s: Shape, use: Use) -> tuple[int, bool]:
     return block, s.descriptors and s.V % block == 0
 
 
+@dataclass(frozen=True)
+class Spans:
+    """What a scan walks: sequences, or segments of them."""
+
+    count: int
+    begins: Tensor | None
+    slots: Tensor | None
+
+
+def spans(s: Shape) -> Spans:
+    if s.segments is not None:
+        return Spans(s.segments.count, s.segments.begins, s.segments.slots)
+    return Spans(s.chunks.sequences, s.chunks.cu_seqlens, s.chunks.offsets)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Results of a forward scan, those asked for."""
+
+    o: Tensor | None
+    final: Tensor | None
+    states: Tensor | None
+    v_new: Tensor | None
+    transition: Tensor | None
+
+
 def scan_forward(
-    s: Shape, p: Prepared, v: Tensor, initial: Tensor | None, *, output: bool, keep: bool, final: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(o, final state, chunk states, V_new), those asked for."""
+    s: Shape,
+    p: Prepared,
+    v: Tensor,
+    initial: Tensor | None,
+    *,
+    output: bool = False,
+    keep: bool = False,
+    final: bool = False,
+    summary: bool = False,
+) -> Forward:
+    """Walks every span. initial, and the result's final and transition: one per span.
+
+    output: o; keep: the chunks' states and V_new; final: the state at the end; summary: that and the transition.
+    """
+    to = spans(s)
     C = s.chunks.size
     o = torch.empty_like(v) if output else None
     states = v.new_empty(s.tile(s.HV, s.V, s.BK)) if keep else None
     v_new = v.new_empty(s.tile(s.HV, s.V, C)) if keep else None
-    end = v.new_empty(s.chunks.sequences, s.HV, s.K, s.V, dtype=torch.float32) if final else None
+    end = v.new_empty(to.count, s.HV, s.K, s.V, dtype=torch.float32) if final or summary else None
+    transition = v.new_empty(to.count, s.HV, s.K, s.K, dtype=torch.float32) if summary else None
     use = launch("delta_rule_scan_forward", v, **s.keys)
     BV, through = _v_block(s, use)
-    scan_forward_kernel[(triton.cdiv(s.V, BV) * s.HV * s.chunks.sequences,)](
+    blocks = triton.cdiv(s.V, BV) + (triton.cdiv(s.K, BV) if summary else 0)
+    scan_forward_kernel[(blocks * s.HV * to.count,)](
         descriptor(p.q_in, s.BK, (C, s.BK), through),
         descriptor(p.k_in, s.BK, (C, s.BK), through),
         descriptor(p.k_out, s.BK, (C, s.BK), through),
@@ -227,8 +275,9 @@ def scan_forward(
         v_new,
         initial,
         end,
-        s.chunks.cu_seqlens,
-        s.chunks.offsets,
+        transition,
+        to.begins,
+        to.slots,
         s.scale,
         s.T,
         H=s.H,
@@ -243,25 +292,39 @@ def scan_forward(
         KEEP=keep,
         INITIAL=initial is not None,
         FINAL=final,
-        PACKED=s.chunks.packed,
+        SUMMARY=summary,
+        PACKED=to.begins is not None,
         DESCRIPTOR=through,
         PRECISION=precision(v, "state"),
         **use,
     )
-    return o, end, states, v_new
+    return Forward(o, end, states, v_new, transition)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Results of a backward scan, those asked for."""
+
+    d_states: Tensor | None
+    d_error: Tensor | None
+    d_initial: Tensor | None
 
 
 def scan_backward(
-    s: Shape, p: Prepared, do: Tensor, d_final: Tensor | None, *, initial: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(gradients of the chunks' end states, of the triangular systems' right-hand sides, of the initial state)."""
+    s: Shape, p: Prepared, do: Tensor, d_final: Tensor | None, *, keep: bool = False, initial: bool = False
+) -> Backward:
+    """Walks every span from its end. d_final, and the result's d_initial: one per span.
+
+    keep: gradients of the chunks' end states and of the triangular systems' right-hand sides.
+    """
+    to = spans(s)
     C = s.chunks.size
-    d_states = do.new_empty(s.tile(s.HV, s.V, s.BK))
-    d_error = do.new_empty(s.tile(s.HV, s.V, C))
-    d_initial = do.new_empty(s.chunks.sequences, s.HV, s.K, s.V, dtype=torch.float32) if initial else None
+    d_states = do.new_empty(s.tile(s.HV, s.V, s.BK)) if keep else None
+    d_error = do.new_empty(s.tile(s.HV, s.V, C)) if keep else None
+    d_initial = do.new_empty(to.count, s.HV, s.K, s.V, dtype=torch.float32) if initial else None
     use = launch("delta_rule_scan_backward", do, **s.keys)
     BV, through = _v_block(s, use)
-    scan_backward_kernel[(triton.cdiv(s.V, BV) * s.HV * s.chunks.sequences,)](
+    scan_backward_kernel[(triton.cdiv(s.V, BV) * s.HV * to.count,)](
         descriptor(p.q_in, s.BK, (C, s.BK), through),
         descriptor(p.k_in, s.BK, (C, s.BK), through),
         descriptor(p.k_out, s.BK, (C, s.BK), through),
@@ -275,8 +338,8 @@ def scan_backward(
         d_error,
         d_final,
         d_initial,
-        s.chunks.cu_seqlens,
-        s.chunks.offsets,
+        to.begins,
+        to.slots,
         s.scale,
         s.T,
         H=s.H,
@@ -287,14 +350,15 @@ def scan_backward(
         BK=s.BK,
         BV=BV,
         GATE=s.gate,
+        KEEP=keep,
         INITIAL=initial,
         FINAL=d_final is not None,
-        PACKED=s.chunks.packed,
+        PACKED=to.begins is not None,
         DESCRIPTOR=through,
         PRECISION=precision(do, "state"),
         **use,
     )
-    return d_states, d_error, d_initial
+    return Backward(d_states, d_error, d_initial)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def channel_tiles_kernel(
         b_g = tl.load(cumulative + by_head * BT * BK + within)
         own += tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), axis=1)
         # A real loop, not an unrolled one: the compiler would start all levels at once and run out of registers.
-        for level in range(0, LEVELS):
+        for level in range(LEVELS):
             s = BT >> (level + 1)
             decay = level_decay(cumulative + by_head * BT * BK, b_g, row, column, s, BK)
             pairs = level_pairs(row[:, None], row[None, :], s)

@@ -171,7 +171,7 @@ def channel_gradients_kernel(
 
     # dA and M are read afresh at each level: they stay in the nearest cache, where registers could not hold them.
     at_t = by_head * BT * BT + row[:, None] * BT + row[None, :]
-    for level in range(0, LEVELS):
+    for level in range(LEVELS):
         s = BT >> (level + 1)
         decay = level_decay(cumulative, b_g, row, column, s, BK)
         pairs = level_pairs(row[:, None], row[None, :], s)

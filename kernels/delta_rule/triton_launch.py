@@ -29,6 +29,16 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "gfx942": {**_AMD, "BV": 32, "num_warps": 4},
         "gfx950": {**_AMD, "BV": 32, "num_warps": 4},
     },
+    # Not a launch: when a sequence is cut in segments. CHUNKS fixes a segment's length; 0 derives it: where the scan has
+    # fewer than 1 / IDLE programs per unit, there are segments for about FILL programs a unit, of LEAST chunks or more.
+    "delta_rule_segments": {
+        "generic": {"CHUNKS": 0, "IDLE": 3, "FILL": 1, "LEAST": 8},
+    },
+    "delta_rule_join": {
+        "generic": {"BV": 32, "num_warps": 4, "num_stages": 2},
+        "gfx942": {**_AMD, "BV": 32},
+        "gfx950": {**_AMD, "BV": 32},
+    },
     "delta_rule_gradients": {
         "generic": {"BV": 64, "num_warps": 8, "num_stages": 1},
         "gfx942": {**_AMD, "BV": 32, "num_warps": 8},

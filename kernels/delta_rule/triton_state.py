@@ -39,6 +39,7 @@ def scan_forward_kernel(
     v_new,  # [slots, HV, V, BT] out, if KEEP: V_new'
     initial,  # [N, HV, K, V] or None
     final,  # [N, HV, K, V] fp32 out or None
+    transition,  # [N, HV, K, K] fp32 out, if SUMMARY
     cu_seqlens,
     offsets,
     scale,
@@ -55,17 +56,26 @@ def scan_forward_kernel(
     KEEP: tl.constexpr,
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
+    SUMMARY: tl.constexpr,
     PACKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """The state is affine in the one a sequence starts with: S_end = transition S_start + S_end(from zero).
+
+    With SUMMARY further programs compute the transition, by the same walk with v = 0 from the identity as the state.
+    """
     # The V-blocks of one head are neighbours in the grid, because they read the same k, q and tiles.
     NV: tl.constexpr = (V + BV - 1) // BV
+    BLOCKS: tl.constexpr = NV + (K + BV - 1) // BV if SUMMARY else NV
     HK: tl.constexpr = HV if GATE == 2 else H
     program = tl.program_id(0)
-    i_v = program % NV
-    hv = (program // NV) % HV
-    n = program // (NV * HV)
+    i_v = program % BLOCKS
+    hv = (program // BLOCKS) % HV
+    n = program // (BLOCKS * HV)
+    if SUMMARY:
+        homogeneous = i_v >= NV
+        i_v = tl.where(homogeneous, i_v - NV, i_v)
     h = hv if GATE == 2 else hv // (HV // H)
     begin, length, slot = locate_sequence(n, cu_seqlens, offsets, T, BT, PACKED)
 
@@ -84,6 +94,8 @@ def scan_forward_kernel(
     mask_boundary = inside & (channel < K)[None, :]
     if INITIAL:
         state += tl.load(initial + at_boundary, mask=mask_boundary, other=0.0).to(tl.float32)
+    if SUMMARY:
+        state += tl.where(homogeneous & (value[:, None] == channel[None, :]), 1.0, 0.0)
 
     for i in range(tl.cdiv(length, BT)):
         by_head = (slot + i) * HV + hv
@@ -93,6 +105,8 @@ def scan_forward_kernel(
         mask_v = live[:, None] & (value < V)[None, :]
         b_k = load_tile(k_in, row_k, 0, at_k, BK, DESCRIPTOR)
         b_v = load_tile_masked(v, row_v, hv * V + i_v * BV, at_v, mask_v, HV * V, DESCRIPTOR)
+        if SUMMARY:
+            b_v = tl.where(homogeneous, 0.0, b_v)
         b_inverse = load_tile(inverse, by_head * BT, 0, at_t, BT, DESCRIPTOR)
         b_beta = tl.load(rates + by_head * BT + row)
         if GATE == 1:
@@ -131,7 +145,12 @@ def scan_forward_kernel(
             b_k = load_tile(k_out, row_k, 0, at_k, BK, DESCRIPTOR)
         state = tl.dot(b_new, b_k, acc=state, input_precision=PRECISION)
 
-    if FINAL:
+    if SUMMARY:
+        tl.store(final + at_boundary, state, mask=mask_boundary & (homogeneous == 0))
+        at_transition = (tl.cast(n, tl.int64) * HV + hv) * K * K + channel[None, :] * K + value[:, None]
+        mask_transition = (value < K)[:, None] & (channel < K)[None, :] & homogeneous
+        tl.store(transition + at_transition, state, mask=mask_transition)
+    elif FINAL:
         tl.store(final + at_boundary, state, mask=mask_boundary)
 
 
@@ -146,8 +165,8 @@ def scan_backward_kernel(
     ends,
     inverse,
     attention,
-    d_states,  # [slots, HV, V, BK] out: gradient of S' at the END of each chunk
-    d_error,  # [slots, HV, V, BT] out: gradient of (beta (V - exp(G) K S))', the triangular system's right-hand side
+    d_states,  # [slots, HV, V, BK] out, if KEEP: gradient of S' at the END of each chunk
+    d_error,  # [slots, HV, V, BT] out, if KEEP: gradient of (beta (V - exp(G) K S))', the triangular right-hand side
     d_final,  # [N, HV, K, V] or None
     d_initial,  # [N, HV, K, V] fp32 out or None
     cu_seqlens,
@@ -162,6 +181,7 @@ def scan_backward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATE: tl.constexpr,
+    KEEP: tl.constexpr,
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
     PACKED: tl.constexpr,
@@ -217,14 +237,16 @@ def scan_backward_kernel(
             gate_end = tl.load(cumulative + by_head * BT + BT - 1)
 
         b_d_state = d_state.to(b_k.dtype)
-        tl.store(d_states + by_head * V * BK + at_s, b_d_state, mask=inside)
+        if KEEP:
+            tl.store(d_states + by_head * V * BK + at_s, b_d_state, mask=inside)
         d_new = tl.dot(b_d_state, tl.trans(b_k), input_precision=PRECISION)
         if GATE == 1:
             d_new *= tl.exp2(gate_end - gate)[None, :]
         b_do = tl.trans(b_do)
         d_new = tl.dot(b_do, b_attention, acc=d_new, input_precision=PRECISION)
         x = tl.dot(d_new.to(b_k.dtype), b_inverse, input_precision=PRECISION)
-        tl.store(d_error + by_head * V * BT + at_new, x.to(d_error.dtype.element_ty), mask=inside)
+        if KEEP:
+            tl.store(d_error + by_head * V * BT + at_new, x.to(d_error.dtype.element_ty), mask=inside)
 
         if GATE == 1:
             from_start = tl.exp2(gate)
