@@ -1,0 +1,1 @@
+"""What runs outside the training job: set-up, quickstart, cluster scripts, measurements."""

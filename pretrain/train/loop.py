@@ -36,7 +36,7 @@ from pretrain.train.validation import Validation
 
 
 def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
-    """Trains, or goes on training, and returns the exit code. `extra` callbacks run after the built-in ones."""
+    """Trains, or goes on training, and returns the exit code. `extra` callbacks run before the built-in ones."""
     with Signals() as signals:
         job = processes.join(config.train.device, group_for_one=config.engine.kind == "deepspeed")
         try:
@@ -80,13 +80,13 @@ def _train(config: RunConfig, job: Processes, agreement: Agreement, signals: Sig
         _write_config(config, corpus)
     # The order matters: balancing completes the record, saving comes after it (the checkpoint holds the moved biases).
     callbacks: list[Callback] = [
+        *extra,
         Balance(),
         Metrics(config.log.tensorboard),
         progress,
         Save(checkpoints, loader, progress),
         Validation(validation, progress),
         LossCurve(),
-        *extra,
     ]
     try:
         for callback in callbacks:

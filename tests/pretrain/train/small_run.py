@@ -1,0 +1,66 @@
+"""Training runs small enough for tests: the configuration, and what rank functions and assertions share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import RunConfig, load
+from pretrain.train.callback import Callback, Run
+from pretrain.train.loop import train
+
+SETTINGS = [
+    "model.width=32",
+    "model.mixers={gdn: {kind: gated_delta_net, heads: 2, head_dim: 8}, attention: {kind: attention, heads: 2}}",
+    "model.ffns={moe: {kind: moe, experts: 4, top_k: 2, hidden: 16}, hourglass: {kind: hourglass, hidden: 16, depth: 2}}",
+    "model.layers=[gdn + moe, attention + hourglass]",
+    "data.sequence_length=32",
+    "train.batch=4",
+    "train.micro_batch=1",
+    "train.steps=6",
+    "train.device=cpu",
+    "optimizer.lr=5e-3",
+    "schedule={kind: cosine, warmup: 2}",
+    "checkpoint.every=3",
+    "validation.every=null",
+    "log.tensorboard=false",
+]
+
+
+def configuration(run: Path, corpus: Path, *overrides: str) -> RunConfig:
+    return load("configs/runs/quickstart.yaml", [*SETTINGS, f"run={run}", f"data.path={corpus}", *overrides])
+
+
+class StopAfter(Callback):
+    """Ends a run after a step, as a signal would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, run: Run) -> None:
+        if run.step == self.step:
+            run.stop = "preempted"
+
+
+def train_on_rank(
+    rank: int, world: int, run: Path, corpus: Path, overrides: tuple[str, ...], stop: int | None = None
+) -> int:
+    return train(configuration(run, corpus, *overrides), [StopAfter(stop)] if stop is not None else [])
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read on one process."""
+    from pretrain.checkpoint.storage import contents, read
+
+    tensors: dict[str, Any] = {
+        name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in contents(folder).items()
+    }
+    read(folder, tensors)
+    return tensors
