@@ -57,7 +57,10 @@ def level_factors(G, G_chunk, row, k, rows, level, HV: tl.constexpr, K: tl.const
 @triton.jit
 def level_pairs(row, level):
     """Pairs of tokens [BT, BT] in the two halves of one block of the level: those whose highest unequal bit it is."""
-    return ((row[:, None] ^ row[None, :]) >> level) == 1
+    block = (
+        row >> level
+    )  # shifted before the pairs are formed: xor first is invariant over levels and held in registers
+    return (block[:, None] ^ block[None, :]) == 1
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -92,22 +95,22 @@ def prepare_kernel(
             b_k = tl.load(k + row[:, None] * (H * K) + ks[None, :], mask=mask, other=0.0)
             b_G = tl.load(G + row[:, None] * (HV * K) + ks[None, :], mask=mask, other=0.0)
             last = tl.load(G + (rows - 1) * (HV * K) + ks, mask=ks < K, other=0.0)
-            f_q = b_q.to(tl.float32) * scale
-            f_k = b_k.to(tl.float32)
             at = row[:, None] * (HV * K) + ks[None, :]
-            tl.store(qg + at, (f_q * tl.exp2(b_G)).to(qg.dtype.element_ty), mask=mask)
-            tl.store(kg + at, (f_k * tl.exp2(last[None, :] - b_G)).to(kg.dtype.element_ty), mask=mask)
+            left = b_q.to(tl.float32) * tl.exp2(b_G) * scale
+            tl.store(qg + at, left.to(qg.dtype.element_ty), mask=mask)
+            right = b_k.to(tl.float32) * tl.exp2(last[None, :] - b_G)
+            tl.store(kg + at, right.to(kg.dtype.element_ty), mask=mask)
             tl.store(decay + ks, tl.exp2(last), mask=ks < K)
             if SCORES:
-                diagonal = tl.sum(f_q * f_k, axis=1)
+                diagonal = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), axis=1)
                 scores += tl.where(row[:, None] == row[None, :], diagonal[:, None], 0.0)
                 for level in tl.range(LEVELS, num_stages=1):
                     upper, factor = level_factors(b_G, G, row, ks, rows, level, HV, K)
                     # A token is a query in upper halves and a key in lower ones, so that one operand holds both.
-                    x = (tl.where(upper[:, None], f_q, f_k) * factor).to(b_q.dtype)
+                    x = (tl.where(upper[:, None], b_q, b_k).to(tl.float32) * factor).to(b_q.dtype)
                     product = tl.dot(x, tl.trans(x), input_precision=PRECISION)
                     scores += tl.where(level_pairs(row, level) & upper[:, None], product, 0.0)
         if SCORES:
             A += (token * HV + hv) * BT
             pointer = A + row[:, None] * (HV * BT) + row[None, :]
-            tl.store(pointer, scores.to(A.dtype.element_ty), mask=(row < rows)[:, None])
+            tl.store(pointer, (scores * scale).to(A.dtype.element_ty), mask=(row < rows)[:, None])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels.architecture import architecture, dot_precision
 from kernels.common.chunks import Chunks
-from kernels.gated_linear_attention.triton_backward import backward_kernel, channel_backward_kernel
+from kernels.gated_linear_attention.triton_backward import backward_kernel, score_gradient_kernel
+from kernels.gated_linear_attention.triton_backward_channel import channel_backward_kernel
 from kernels.gated_linear_attention.triton_gates import cumulative_gate_kernel, prepare_kernel
 from kernels.gated_linear_attention.triton_output import output_kernel
 from kernels.gated_linear_attention.triton_parameters import DEFAULTS
@@ -158,34 +159,33 @@ class Launcher:
         # Grouped value heads: each leaves its part in fp32, summed below.
         part = self.q.dtype if self.HV == self.H else torch.float32
         dq, dk = (self.empty(self.B, self.T, self.HV, self.K, dtype=part) for _ in range(2))
+        W = self.empty(self.B, self.T, self.HV, self.chunks.size, dtype=self.q.dtype)
+        slots = self.chunks.count * self.HV
         common = {
-            "scale": self.scale, "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BT": self.chunks.size,
-            "PRECISION": self.fast, **self.batch,
+            "scale": self.scale, "HV": self.HV, "V": self.V, "BT": self.chunks.size, "PRECISION": self.fast,
+            **self.batch,
         }  # fmt: skip
-        if prepared is not None:
-            use = self.use("gla_channel_backward")
-            dg = torch.empty_like(G)
-            dv = self._output(prepared.kg, self.q, do, None, scores, dstates, reverse=True)
-            if dq.numel():
-                channel_backward_kernel[(self.chunks.count * self.HV * triton.cdiv(self.K, use["BK"]),)](
-                    self.q, self.k, self.v, do, G, states, dstates, dq, dk, dg,
-                    LEVELS=self.chunks.size.bit_length() - 1, **common, **use,
-                )  # fmt: skip
-        else:
-            use = self.use("gla_backward")
-            blocks = triton.cdiv(self.K, use["BK"])
-            with_dv = blocks == 1
-            dv = (
-                torch.empty_like(self.v)
-                if with_dv
-                else self._output(self.k, self.q, do, G, None, dstates, reverse=True)
+        if W.numel():
+            score_gradient_kernel[(slots,)](
+                self.v, do, G, W, GATE=self.gate, **common, **self.use("gla_score_gradient")
             )
+        use = self.use("gla_backward" if prepared is None else "gla_channel_backward")
+        blocks = triton.cdiv(self.K, use["BK"])
+        operands = (self.q, self.k, self.v, do, G, W, states, dstates, dq, dk)
+        if prepared is not None:
+            dv = self._output(prepared.kg, self.q, do, None, scores, dstates, reverse=True)
+            dg = torch.empty_like(G)
+            if dq.numel():
+                channel_backward_kernel[(slots * blocks,)](
+                    *operands, dg, H=self.H, K=self.K, LEVELS=self.chunks.size.bit_length() - 1, **common, **use
+                )
+        else:
+            dv = self._output(self.k, self.q, do, G, None, dstates, reverse=True)
             dg = None if G is None else self.empty(blocks, *G.shape, dtype=torch.float32)
             if dq.numel():
-                backward_kernel[(self.chunks.count * self.HV * blocks,)](
-                    self.q, self.k, self.v, do, G, states, dstates, dq, dk, dv, dg, tokens=self.B * self.T, GATE=self.gate,
-                    WITH_DV=with_dv, **common, **use,
-                )  # fmt: skip
+                backward_kernel[(slots * blocks,)](
+                    *operands, dg, H=self.H, K=self.K, tokens=self.B * self.T, GATE=self.gate, **common, **use
+                )
             dg = None if dg is None else dg[0] if blocks == 1 else dg.sum(0)
         if self.HV != self.H:
             dq, dk = (x.view(self.B, self.T, self.H, -1, self.K).sum(3).to(self.q.dtype) for x in (dq, dk))
