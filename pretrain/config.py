@@ -47,7 +47,7 @@ class CheckpointConfig(Strict):
     """Newest checkpoints to keep."""
     keep_every: int | None = Field(None, ge=1)
     """Also keep every checkpoint whose step is a multiple of this."""
-    allow_changes: list[str] = []
+    allow_changes: list[str] = Field(default_factory=list)
     """Dotted keys that may differ from the checkpoint's at resume although they change the data order."""
 
 

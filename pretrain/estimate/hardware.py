@@ -18,7 +18,7 @@ class Hardware(Strict):
     """One accelerator, from its datasheet."""
 
     name: str
-    match: list[str] = []
+    match: list[str] = Field(default_factory=list)
     """Parts of the device's name by which torch reports it."""
     bf16_tflops: float = Field(gt=0)
     """Dense bf16 matrix rate, TFLOP/s."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
@@ -17,10 +19,14 @@ from pretrain.model.norm import RMSNorm
 from pretrain.model.pattern import expand
 from pretrain.model.router import Router
 from pretrain.model.sequence import SequenceContext
-from pretrain.model.sublayer import FFNConfig, MixerConfig, by_kind, init_normal
+from pretrain.model.sublayer import FFNConfig, MixerConfig, Sublayer, by_kind, init_normal
 
-AnyMixer = by_kind("pretrain.model.mixers", MixerConfig)
-AnyFFN = by_kind("pretrain.model.ffns", FFNConfig)
+if TYPE_CHECKING:
+    AnyMixer: TypeAlias = MixerConfig
+    AnyFFN: TypeAlias = FFNConfig
+else:
+    AnyMixer = by_kind("pretrain.model.mixers", MixerConfig)
+    AnyFFN = by_kind("pretrain.model.ffns", FFNConfig)
 
 
 class DecoderConfig(Strict):
@@ -75,9 +81,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, MoE | Router):
                 module.reset_parameters(std)
-        writes = [
-            weight for block in self.blocks for part in (block.mixer, block.ffn) for weight in part.output_projections()
-        ]
+        writes = [weight for part in self.sublayers() for weight in part.output_projections()]
         for weight in writes:
             weight.div_(math.sqrt(max(1, len(writes))))
 
@@ -113,20 +117,25 @@ class Decoder(nn.Module):
     def new_cache(self) -> DecoderCache:
         return DecoderCache.empty(len(self.blocks))
 
+    def sublayers(self) -> Iterator[Sublayer]:
+        """Every mixer and FFN, in the order of the forward pass."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block.mixer
+            yield block.ffn
+
     def routers(self) -> dict[str, Router]:
         """Every MoE layer's router by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs for one token that sees `context` keys on average; the output head included, the look-up not."""
-        parts = [part for block in self.blocks for part in (block.mixer, block.ffn)]
         head = 2.0 * self.embedding.weight.shape[0] * self.embedding.weight.shape[1]
-        return head + sum(part.flops_per_token(context) for part in parts)
+        return head + sum(part.flops_per_token(context) for part in self.sublayers())
 
     def active_parameters(self) -> int:
         """Parameters that one token uses, embedding and head included."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        for block in self.blocks:
-            for part in (block.mixer, block.ffn):
-                total += part.active_parameters() - sum(parameter.numel() for parameter in part.parameters())
+        for part in self.sublayers():
+            total += part.active_parameters() - sum(parameter.numel() for parameter in part.parameters())
         return total

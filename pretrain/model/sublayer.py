@@ -26,14 +26,6 @@ class SublayerConfig(Strict):
         raise NotImplementedError
 
 
-class MixerConfig(SublayerConfig):
-    """Base of the mixers' configs."""
-
-
-class FFNConfig(SublayerConfig):
-    """Base of the FFNs' configs."""
-
-
 class Sublayer(nn.Module):
     """What the decoder asks of any sublayer."""
 
@@ -61,6 +53,20 @@ class Mixer(Sublayer):
 class FFN(Sublayer):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]; every token by itself."""
+        raise NotImplementedError
+
+
+class MixerConfig(SublayerConfig):
+    """Base of the mixers' configs."""
+
+    def build(self, width: int) -> Mixer:
+        raise NotImplementedError
+
+
+class FFNConfig(SublayerConfig):
+    """Base of the FFNs' configs."""
+
+    def build(self, width: int) -> FFN:
         raise NotImplementedError
 
 
@@ -98,5 +104,6 @@ def init_normal(module: nn.Module, std: float) -> None:
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Embedding):
             child.weight.normal_(0.0, std)
-            if getattr(child, "bias", None) is not None:
-                child.bias.zero_()
+            bias = getattr(child, "bias", None)
+            if isinstance(bias, Tensor):
+                bias.zero_()

@@ -30,7 +30,8 @@ class AdamWConfig(Strict):
 
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(decayed, not decayed). By name and shape, since sharding replaces parameter objects and loses their attributes."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith((".conv", "embedding.weight"))
         (decayed if matrix else others).append(parameter)

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -151,7 +151,7 @@ def _steps(run: Run, loader: Loader, signals: Signals, callbacks: list[Callback]
 def open_data(config: RunConfig) -> tuple[Corpus, Corpus]:
     """(training corpus, validation corpus). Raises DataError for missing or damaged files."""
     data = config.data
-    options = {"vocabulary_size": config.model.vocabulary, "tokenizer": data.tokenizer}
+    options: Any = {"vocabulary_size": config.model.vocabulary, "tokenizer": data.tokenizer}
     corpus = Corpus.open(data.path, "train", **options)
     if data.validation_path is None and corpus.manifest is None:
         raise ConfigError(

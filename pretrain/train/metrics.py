@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,7 +51,7 @@ def keep_until(path: Path, step: int) -> None:
     kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -79,7 +79,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path, content: bytes, message: 
 
 
 def test_missing_file_names_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match="configs/runs/quickstart.yaml"):
+    with pytest.raises(ConfigError, match=r"configs/runs/quickstart\.yaml"):
         load("configs/runs/quikstart.yaml")
 
 

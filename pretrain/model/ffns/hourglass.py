@@ -44,7 +44,10 @@ class Hourglass(FFN):
         return x
 
     def flops_per_token(self, context: float) -> float:
-        return sum(ffn.flops_per_token(context) for ffn in self.stack)
+        return sum(ffn.flops_per_token(context) for ffn in self._parts())
 
     def output_projections(self) -> list[Tensor]:
-        return [ffn.down.weight for ffn in self.stack]
+        return [ffn.down.weight for ffn in self._parts()]
+
+    def _parts(self) -> list[SwiGLU]:
+        return [part for part in self.stack if isinstance(part, SwiGLU)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_no_output_depends_on_another_document(layer: str) -> None:
     model = decoder(layers=[layer], repeat=2).double()
     row, cu_seqlens = tokens(1, BORDERS[-1]), torch.tensor(BORDERS, dtype=torch.int32)
     before = model(row, cu_seqlens=cu_seqlens)
-    for begin, end in zip(BORDERS, BORDERS[1:]):
+    for begin, end in pairwise(BORDERS):
         changed = row.clone()
         changed[0, begin:end] = (changed[0, begin:end] + 1) % 64
         difference = (model(changed, cu_seqlens=cu_seqlens) - before).abs().amax(dim=-1)[0]
@@ -47,7 +49,7 @@ def test_packed_equals_each_document_alone() -> None:
     model = decoder().double()
     row, cu_seqlens = tokens(1, BORDERS[-1]), torch.tensor(BORDERS, dtype=torch.int32)
     packed = model(row, cu_seqlens=cu_seqlens)
-    alone = torch.cat([model(row[:, begin:end]) for begin, end in zip(BORDERS, BORDERS[1:])], dim=1)
+    alone = torch.cat([model(row[:, begin:end]) for begin, end in pairwise(BORDERS)], dim=1)
     assert (packed - alone).abs().max() < 1e-5  # logits are fp32
 
 
