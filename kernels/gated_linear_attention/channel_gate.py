@@ -42,10 +42,10 @@ class ChannelDecay:
     blocks: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
 
     def query(self, x: Tensor) -> Tensor:
-        return x * self.rows
+        return _times(x, self.rows)
 
     def key(self, x: Tensor) -> Tensor:
-        return x * self.columns
+        return _times(x, self.columns)
 
     def value(self, x: Tensor) -> Tensor:
         return x
@@ -53,17 +53,23 @@ class ChannelDecay:
     def output(self, x: Tensor) -> Tensor:
         return x
 
+    # Scores of a chunk that is not factored are made of small products, where bf16 gains no time; and dq and dk must not be
+    # rounded before the gate's gradient, a running sum of their difference, is taken.
+
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        out = q.new_zeros(q.shape[0], q.shape[1], q.shape[1])
-        lq, lk = _cut(q, self.leaf, self.leaf_rows), _cut(k, self.leaf, self.leaf_columns)
+        wide = self.rows.dtype
+        out = q.new_zeros(q.shape[0], q.shape[1], q.shape[1], dtype=wide)
+        lq, lk = _cut(q.to(wide), self.leaf, self.leaf_rows), _cut(k.to(wide), self.leaf, self.leaf_columns)
         _diagonal(out, self.leaf).copy_((lq @ lk.transpose(-1, -2)).tril_())
         for b, rows, columns in self.blocks:
             right, left = _halves(q, b)[1] * rows, _halves(k, b)[0] * columns
             _diagonal(out, 2 * b)[..., b:, :b] = right @ left.transpose(-1, -2)
-        return out.mul_(self.scale)
+        return out.mul_(self.scale).to(q.dtype)
 
     def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        lq, lk = _cut(q, self.leaf, self.leaf_rows), _cut(k, self.leaf, self.leaf_columns)
+        wide = self.rows.dtype
+        dscores = dscores.to(wide)
+        lq, lk = _cut(q.to(wide), self.leaf, self.leaf_rows), _cut(k.to(wide), self.leaf, self.leaf_columns)
         d = _diagonal(dscores, self.leaf).tril()
         dq, dk = d @ lk, d.transpose(-1, -2) @ lq
         if self.leaf_rows is not None and self.leaf_columns is not None:
@@ -76,15 +82,24 @@ class ChannelDecay:
             _halves(dk, b)[0].addcmul_(d.transpose(-1, -2) @ right, columns)
         return dq.mul_(self.scale), dk.mul_(self.scale)
 
-    def gate_gradient(
-        self, q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, o: Tensor, do: Tensor, v: Tensor, dv: Tensor
-    ) -> Tensor:
-        wide = self.total.dtype
-        return (q.to(wide) * dq.to(wide)).addcmul_(k.to(wide), dk.to(wide), value=-1.0)
+    @property
+    def own_score(self) -> float:
+        return 1.0
 
-    def at_boundary(self, start: Tensor, dstate: Tensor, chunks: slice) -> Tensor:
-        product = (start * dstate).sum((3, 4))
-        return product if self.half is None else product / self.half[chunks][..., 0, 0]
+    @property
+    def own_dscore(self) -> float:
+        return self.scale
+
+    def per_gate(self, product: Tensor) -> Tensor:
+        return product
+
+    def boundary(self, product: Tensor) -> Tensor:
+        return product.sum((3, 4))
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a factor in fp32, rounded once to x's dtype."""
+    return (x.to(factor.dtype) * factor).to(x.dtype)
 
 
 def _cut(x: Tensor, size: int, factor: Tensor | None) -> Tensor:
@@ -105,9 +120,9 @@ def _diagonal(x: Tensor, size: int) -> Tensor:
     return x.view(-1, n, size, n, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def channel_gate(x: Operands, segment: Segment, inside: bool) -> ChannelDecay:
+def channel_gate(x: Operands, segment: Segment) -> ChannelDecay:
     assert x.g is not None
-    g = segment.fetch(x.g, segment.rows(x.H)).flatten(0, 1)  # [m H, C, K], in fp32 at least
+    g = segment.fetch(x.g)  # [m H, C, K], in fp32 at least
     C = g.shape[1]
     state = (-1, x.H, x.K, 1, 1)
     G = g.cumsum(1)
@@ -115,9 +130,8 @@ def channel_gate(x: Operands, segment: Segment, inside: bool) -> ChannelDecay:
     if float(end.amin()) >= -FACTORED_SPAN:
         middle = end / 2
         rows = (G - middle).exp_()
-        columns = rows.reciprocal().to(x.compute)
-        rows = rows.mul_(x.scale).to(x.compute)
-        return ChannelDecay(x.scale, rows, columns, middle.exp().view(state), end.exp().view(state))
+        columns = rows.reciprocal()
+        return ChannelDecay(x.scale, rows.mul_(x.scale), columns, middle.exp().view(state), end.exp().view(state))
     leaf = C // 2
     while leaf > 1 and float(g.unflatten(1, (-1, leaf)).sum(2).amin()) < -FACTORED_SPAN:
         leaf //= 2
@@ -127,21 +141,20 @@ def channel_gate(x: Operands, segment: Segment, inside: bool) -> ChannelDecay:
         torch.cat([blocks[:, :, 1:], torch.zeros_like(blocks[:, :, :1])], 2).flip(2).cumsum(2).flip(2)
     )  # from j, not included
     decay = ChannelDecay(x.scale, G, G, None, G, factored=False, leaf=leaf)
-    if inside and leaf > 1:
+    if leaf > 1:
         middle = until[:, :, -1:] / 2
-        decay.leaf_rows = (until - middle).exp().to(x.compute)
-        decay.leaf_columns = (middle - until).exp().to(x.compute)
+        decay.leaf_rows = (until - middle).exp()
+        decay.leaf_columns = (middle - until).exp()
     b = leaf
     while b < C:
         until, after = until.unflatten(1, (-1, 2)), after.unflatten(1, (-1, 2))
-        if inside:
-            decay.blocks.append((b, until[:, :, 1].exp().to(x.compute), after[:, :, 0].exp().to(x.compute)))
+        decay.blocks.append((b, until[:, :, 1].exp(), after[:, :, 0].exp()))
         sums = until[:, :, :, -1:]
         until = torch.cat([until[:, :, 0], until[:, :, 1] + sums[:, :, 0]], 2)
         after = torch.cat([after[:, :, 0] + sums[:, :, 1], after[:, :, 1]], 2)
         b *= 2
     until, after = until.flatten(1, 2), after.flatten(1, 2)
     decay.total = until[:, -1].exp().view(state)
-    decay.rows = (until.exp() * x.scale).to(x.compute)
-    decay.columns = after.exp().to(x.compute)
+    decay.rows = until.exp() * x.scale
+    decay.columns = after.exp()
     return decay

@@ -1,8 +1,7 @@
 """Gated linear attention in plain torch, by chunks, with a hand-written backward.
 
 Time is cut into chunks of `chunk_size` tokens; inside a chunk the work is matrix products, and only the state scan goes from
-chunk to chunk. Saved for backward: the inputs and o. The states are computed again (one product of the nine), because all
-of them together are as large as the activations they come from.
+chunk to chunk. Saved for backward: the inputs and the state at the start of each chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.gated_linear_attention.channel_gate import channel_gate
-from kernels.gated_linear_attention.core import Gate, Gradients, backward, forward, starts_of_chunks
+from kernels.gated_linear_attention.core import Gate, Gradients, backward, forward
 from kernels.gated_linear_attention.head_gate import head_gate, no_gate
 from kernels.gated_linear_attention.operands import Operands
 from kernels.gated_linear_attention.plan import make_plan
@@ -38,13 +37,12 @@ def _operands(
     a_chunk = HV * (K * V + 2 * chunk_size * (K + V) + chunk_size**2) * compute.itemsize
     caches = torch.get_num_threads() if q.device.type == "cpu" else 64
     by_channel = g is not None and g.dim() == 4
-    rows_of_g = None if g is None else g.to(wide).reshape(-1, *g.shape[3:])
     return Operands(
         plan=make_plan(B, T, chunk_size, cu_seqlens, q.device),
-        q=q.reshape(-1, K),
-        k=k.reshape(-1, K),
-        v=v.reshape(-1, V),
-        g=rows_of_g,
+        q=q.reshape(-1, H, K),
+        k=k.reshape(-1, H, K),
+        v=v.reshape(-1, HV, V),
+        g=None if g is None else g.to(wide).flatten(0, 1),
         H=HV if by_channel else H,
         R=1 if by_channel else HV // H,
         repeat=HV // H if by_channel else 1,
@@ -77,7 +75,7 @@ def _outer_states(x: Operands, states: Tensor) -> Tensor:
 
 class _GatedLinearAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -91,45 +89,46 @@ class _GatedLinearAttention(torch.autograd.Function):
         x = _operands(q, k, v, g, scale, cu_seqlens, chunk_size)
         state = _inner_states(x, initial_state)
         B, T, HV, V = v.shape
-        o = v.new_empty((B * T + 1) * HV, V)
-        forward(x, _gate(g), state, o)
-        o = o[: B * T * HV].view(B, T, HV, V)
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, o)
+        K = q.shape[-1]
+        o = v.new_empty(B * T + 1, HV, V)
+        starts = None
+        if any(ctx.needs_input_grad):
+            starts = torch.empty(x.plan.chunks * x.H, K, x.R * V, dtype=x.compute, device=q.device)
+        forward(x, _gate(g), state, o, starts)
+        o = o[: B * T].view(B, T, HV, V)
+        final = _outer_states(x, state)
+        saved_final = final if g is not None else None
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, starts, saved_final)
         ctx.scale, ctx.chunk_size = scale, chunk_size
-        return o, _outer_states(x, state)
+        return o, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, g, initial_state, cu_seqlens, o = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, initial_state, cu_seqlens, starts, final = ctx.saved_tensors
         x = _operands(q, k, v, g, ctx.scale, cu_seqlens, ctx.chunk_size)
         gate = _gate(g)
-        state, dstate = _inner_states(x, initial_state), _inner_states(x, dfinal)
-        starts = starts_of_chunks(x, gate, state)
-        boundary = None if g is None else (state * dstate).sum((3, 4) if g.dim() == 4 else (2, 4))
+        dstate = _inner_states(x, dfinal)
+        boundary = None if g is None else (_inner_states(x, final) * dstate).sum((3, 4) if g.dim() == 4 else (2, 4))
         B, T, HV, V = v.shape
         H, K = q.shape[2:]
         L = B * T
         gradients = Gradients(
-            q=q.new_empty((L + 1) * x.H, K),
-            k=k.new_empty((L + 1) * x.H, K),
-            v=v.new_empty((L + 1) * HV, V),
-            g=None if g is None else g.new_empty((L + 1) * HV, *g.shape[3:]),
+            q=q.new_empty(L + 1, x.H, K),
+            k=k.new_empty(L + 1, x.H, K),
+            v=v.new_empty(L + 1, HV, V),
+            g=None if g is None else g.new_empty(L + 1, *g.shape[2:]),
         )
-        backward(x, gate, o.view(-1, V), do.reshape(-1, V), starts, dstate, boundary, gradients)
+        backward(x, gate, do.reshape(L, HV, V), starts, dstate, boundary, gradients)
 
         def shaped(gradient: Tensor) -> Tensor:
-            return (
-                gradient[: L * x.H].view(B, T, H, x.repeat, K).sum(3)
-                if x.repeat > 1
-                else gradient[: L * H].view(q.shape)
-            )
+            return gradient[:L].view(B, T, H, x.repeat, K).sum(3) if x.repeat > 1 else gradient[:L].view(q.shape)
 
         return (
             shaped(gradients.q),
             shaped(gradients.k),
-            gradients.v[: L * HV].view(v.shape),
-            None if gradients.g is None or g is None else gradients.g[: L * HV].view(g.shape),
+            gradients.v[:L].view(v.shape),
+            None if gradients.g is None or g is None else gradients.g[:L].view(g.shape),
             None if initial_state is None else _outer_states(x, dstate).to(initial_state.dtype),
             None,
             None,
@@ -150,6 +149,8 @@ def gated_linear_attention_chunked(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.gated_linear_attention.gated_linear_attention`. chunk_size: tokens, a power of two."""
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, final_state = _GatedLinearAttention.apply(q, k, v, g, initial_state, cu_seqlens, scale, chunk_size)
     return o, final_state if output_final_state else None

@@ -23,42 +23,23 @@ FACTORED_SPAN = 100.0
 
 
 @dataclass
-class NoDecay:
-    """Linear attention without a gate. Only the scale is left to apply."""
-
-    scale: float
-    factored: bool = True
-    half: Tensor | None = None
-    total: Tensor | None = None
-
-    def query(self, x: Tensor) -> Tensor:
-        return x
-
-    def key(self, x: Tensor) -> Tensor:
-        return x
-
-    def value(self, x: Tensor) -> Tensor:
-        return x
-
-    def output(self, x: Tensor) -> Tensor:
-        return x * self.scale
-
-
-def no_gate(x: Operands, segment: Segment, inside: bool) -> NoDecay:
-    return NoDecay(x.scale)
-
-
-@dataclass
 class HeadDecay:
-    """rows: factor of output rows; columns: of value rows; both [m H R, C, 1]. inner: scale · exp(G_i - G_j), or None."""
+    """rows, with the scale: factor of output rows; columns: of value rows; both [m H R, C, 1], or None without a gate.
+
+    inner: scale · exp(G_i - G_j) [m H R, C, C] where the decay is not factored.
+    """
 
     R: int
-    rows: Tensor
-    columns: Tensor
-    half: Tensor | None
-    total: Tensor
+    scale: float
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    half: Tensor | None = None
+    total: Tensor | None = None
     inner: Tensor | None = None
-    factored: bool = True
+
+    @property
+    def factored(self) -> bool:
+        return self.inner is None
 
     def query(self, x: Tensor) -> Tensor:
         return x
@@ -67,10 +48,10 @@ class HeadDecay:
         return x
 
     def value(self, x: Tensor) -> Tensor:
-        return x * self.columns
+        return x if self.columns is None else x * self.columns
 
     def output(self, x: Tensor) -> Tensor:
-        return x * self.rows
+        return x * (self.scale if self.rows is None else self.rows)
 
     def _weigh(self, scores: Tensor, R: int) -> Tensor:
         assert self.inner is not None
@@ -86,23 +67,29 @@ class HeadDecay:
             plain = plain.view(-1, self.R, *plain.shape[1:]).sum(1)
         return torch.bmm(plain, k), torch.bmm(plain.transpose(1, 2), q)
 
-    def gate_gradient(
-        self, q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, o: Tensor, do: Tensor, v: Tensor, dv: Tensor
-    ) -> Tensor:
-        # q·dq = o·do and k·dk = v·dv for each value head, also where q and k are shared and dq, dk are sums over heads.
-        wide = self.total.dtype
-        return (o.to(wide) * do.to(wide)).addcmul_(v.to(wide), dv.to(wide), value=-1.0).sum(-1)
+    @property
+    def own_score(self) -> float:
+        return self.scale
 
-    def at_boundary(self, start: Tensor, dstate: Tensor, chunks: slice) -> Tensor:
-        product = (start * dstate).sum((2, 4))
-        return product if self.half is None else product / self.half[chunks][:, :, 0, :, 0]
+    @property
+    def own_dscore(self) -> float:
+        return 1.0  # the factors of a row and its own column leave the scale, and only that
+
+    def per_gate(self, product: Tensor) -> Tensor:
+        return product.sum(-1)
+
+    def boundary(self, product: Tensor) -> Tensor:
+        return product.sum((2, 4))
 
 
-def head_gate(x: Operands, segment: Segment, inside: bool) -> HeadDecay:
+def no_gate(x: Operands, segment: Segment) -> HeadDecay:
+    return HeadDecay(x.R, x.scale)
+
+
+def head_gate(x: Operands, segment: Segment) -> HeadDecay:
     """G is summed in fp64 (it is small): in fp32 one strong reset would blur all later differences in its chunk."""
     assert x.g is not None
-    g = segment.fetch(x.g, segment.rows(x.H * x.R)).double().clamp_(min=FLOOR)
-    G = g.cumsum(-1).flatten(0, 1)  # [m H R, C]
+    G = segment.fetch(x.g, 1, torch.float64).clamp_(min=FLOOR).cumsum(-1)  # [m H R, C]
     C = G.shape[1]
     end = G[:, -1:]
     state = (-1, x.H, 1, x.R, 1)
@@ -111,11 +98,10 @@ def head_gate(x: Operands, segment: Segment, inside: bool) -> HeadDecay:
         middle = end / 2
         rows = ((G - middle).exp() * x.scale).to(x.compute)
         columns = (middle - G).exp().to(x.compute)
-        return HeadDecay(x.R, rows[..., None], columns[..., None], middle.exp().to(x.wide).view(state), total)
-    inner = None
-    if inside:
-        future = torch.ones(C, C, dtype=torch.bool, device=G.device).triu_(1)
-        # The exponent is masked, not the exponential: above the diagonal it is positive and may overflow.
-        inner = (G[:, :, None] - G[:, None, :]).masked_fill_(future, -torch.inf).exp_().mul_(x.scale).to(x.compute)
+        half = middle.exp().to(x.wide).view(state)
+        return HeadDecay(x.R, x.scale, rows[..., None], columns[..., None], half, total)
+    future = torch.ones(C, C, dtype=torch.bool, device=G.device).triu_(1)
+    # The exponent is masked, not the exponential: above the diagonal it is positive and may overflow.
+    inner = (G[:, :, None] - G[:, None, :]).masked_fill_(future, -torch.inf).exp_().mul_(x.scale).to(x.compute)
     rows, columns = (G.exp() * x.scale).to(x.compute), (end - G).exp().to(x.compute)
-    return HeadDecay(x.R, rows[..., None], columns[..., None], None, total, inner, factored=False)
+    return HeadDecay(x.R, x.scale, rows[..., None], columns[..., None], None, total, inner)

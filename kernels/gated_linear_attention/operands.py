@@ -1,4 +1,4 @@
-"""A call's tensors as rows of tokens times heads, and the two things that every gate must say about a segment of chunks."""
+"""A call's tensors by token and head, and what every gate must say about a segment of chunks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.gated_linear_attention.plan import Plan, Segment
+from kernels.gated_linear_attention.plan import Plan
 
 
 @dataclass(frozen=True)
 class Operands:
-    """q, k [tokens * heads, K]; v [tokens * H * R, V]; g [tokens * H * R] or [tokens * H * R, K] or None.
+    """q, k [tokens, H / repeat, K]; v [tokens, H R, V]; g [tokens, H R] or [tokens, H R, K] or None.
 
     H heads carry a state of R * V columns each. R value heads share a query-key head where the decay is one number a head (it
     then goes with the values); with a decay a channel every value head needs its own scaled q and k, so that R = 1 there
@@ -35,25 +35,16 @@ class Operands:
 
     @property
     def K(self) -> int:
-        return self.q.shape[1]
+        return self.q.shape[2]
 
     @property
     def V(self) -> int:
-        return self.v.shape[1]
+        return self.v.shape[2]
 
     @property
     def state_shape(self) -> tuple[int, int, int, int, int]:
         """Of states, sorted sequences or chunks first."""
         return -1, self.H, self.K, self.R, self.V
-
-    def key_rows(self, segment: Segment) -> Tensor:
-        """Rows of q and k for the heads of the state: int64 [m, H, C]."""
-        rows = segment.rows(self.H // self.repeat)
-        return rows if self.repeat == 1 else rows.repeat_interleave(self.repeat, dim=1)
-
-    def fetch(self, segment: Segment, x: Tensor, rows: Tensor) -> Tensor:
-        """[m heads, C, D] in the dtype of matmul operands."""
-        return segment.fetch(x, rows).flatten(0, 1).to(self.compute)
 
     def fold(self, x: Tensor) -> Tensor:
         """[m H R, C, V] -> [m H, C, R V]."""
@@ -67,6 +58,14 @@ class Operands:
             return x
         return x.view(-1, x.shape[1], self.R, self.V).transpose(1, 2).reshape(-1, x.shape[1], self.V)
 
+    def of_values(self, x: Tensor) -> Tensor:
+        """[m H, ...] -> [m H R, ...], the same for each value head."""
+        return x if self.R == 1 else x.repeat_interleave(self.R, dim=0)
+
+    def sum_values(self, x: Tensor) -> Tensor:
+        """[m H R, ...] -> [m H, ...]."""
+        return x if self.R == 1 else x.unflatten(0, (-1, self.R)).sum(1)
+
 
 class Decay(Protocol):
     """The decay of one segment of chunks. G: cumulative log decay inside a chunk, own token included; S: state at its start.
@@ -78,9 +77,16 @@ class Decay(Protocol):
     `scores` and `scores_backward` give that part from the operands as they are.
     """
 
-    factored: bool
-    half: Tensor | None  # broadcasts against [m, H, K, R, V]; None: 1
-    total: Tensor | None
+    @property
+    def factored(self) -> bool: ...
+
+    @property
+    def half(self) -> Tensor | None:
+        """Broadcasts against [m, H, K, R, V]; None stands for 1, and then `total` too if there is no gate."""
+        ...
+
+    @property
+    def total(self) -> Tensor | None: ...
 
     def query(self, x: Tensor) -> Tensor: ...
 
@@ -98,12 +104,20 @@ class Decay(Protocol):
         """dq, dk [m H, C, K]."""
         ...
 
-    def gate_gradient(
-        self, q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, o: Tensor, do: Tensor, v: Tensor, dv: Tensor
-    ) -> Tensor:
-        """Gradient of G: [m H R, C] or [m H R, C, K]."""
+    @property
+    def own_score(self) -> float:
+        """Turns the diagonal of query keyᵀ into a token's score for itself, where factored."""
         ...
 
-    def at_boundary(self, start: Tensor, dstate: Tensor, chunks: slice) -> Tensor:
-        """S·dS at chunk starts for the dims of the gate: [n, H, R] or [n, H, K], from half S and dS [n, H, K, R, V]."""
+    @property
+    def own_dscore(self) -> float:
+        """Turns the diagonal of output(dO) value(V)ᵀ into the factor of k in dq (and of q in dk), where factored."""
+        ...
+
+    def per_gate(self, product: Tensor) -> Tensor:
+        """Sum of [M, C, K or V] over what shares a gate: [M, C] or unchanged."""
+        ...
+
+    def boundary(self, product: Tensor) -> Tensor:
+        """Σ of S ⊙ dS [n, H, K, R, V] over all but the dims of the gate: [n, H, R] or [n, H, K]."""
         ...

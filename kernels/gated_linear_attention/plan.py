@@ -16,49 +16,66 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Chunks [first, last) of a segment, which continue the sorted sequences [sequence, sequence + last - first)."""
-
-    first: int
-    last: int
-    sequence: int
-
-    @property
-    def chunks(self) -> slice:
-        return slice(self.first, self.last)
-
-    @property
-    def sequences(self) -> slice:
-        return slice(self.sequence, self.sequence + self.last - self.first)
-
-
-@dataclass(frozen=True)
 class Segment:
-    """Chunks [first, last) of the list, and their pieces in the order of the scan. slots int64 [m, C]: the chunks' tokens."""
+    """A run of chunks [first, last) of the list.
+
+    sizes: chunks in each of its pieces, in list order; a piece holds chunks of one scan step.
+    sequences: the first sorted sequence of each piece; the others follow.
+    rectangle: (row, rows, token, tokens) if these are whole chunks of a dense batch, rows varying fastest; else None.
+    slots: int64 [m, C], the chunks' tokens; padding: bool [m, C], where a slot holds none, or None if all hold one.
+    """
 
     first: int
     last: int
-    pieces: list[Piece]
+    sizes: list[int]
+    sequences: list[int]
+    shape: tuple[int, int, int]  # B, T, C
+    rectangle: tuple[int, int, int, int] | None
     slots: Tensor
-    padding: Tensor | None  # bool [m, C], where a slot holds no token; None if all hold one
+    padding: Tensor | None
 
-    def rows(self, heads: int) -> Tensor:
-        """Rows of a [tokens * heads, ...] tensor: int64 [m, heads, C]."""
+    def states(self, states: Tensor) -> list[Tensor]:
+        """The pieces' views of sorted states [N, ...], in list order."""
+        return [states[n : n + size] for n, size in zip(self.sequences, self.sizes)]
+
+    def _window(self, x: Tensor) -> Tensor:
+        """[tokens (+ 1), heads, ...] -> the rectangle's view [steps, rows, heads, C, ...]."""
+        assert self.rectangle is not None
+        B, T, C = self.shape
+        row, rows, token, tokens = self.rectangle
+        x = x[: B * T].view(B, T, *x.shape[1:])[row : row + rows, token : token + tokens]
+        x = x.unflatten(1, (-1, C))
+        return x.permute(1, 0, 3, 2, *range(4, x.dim()))
+
+    def _rows(self, heads: int) -> Tensor:
+        """Rows of [tokens * heads, ...] in the order of the chunks: int64 [m * heads * C]."""
         head = torch.arange(heads, device=self.slots.device)
-        return self.slots[:, None] * heads + head[:, None]
+        return (self.slots[:, None] * heads + head[:, None]).flatten()
 
-    def fetch(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x [tokens * heads, D] -> [m, heads, C, D], zero where there is no token."""
-        if self.padding is None:
-            return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
-        taken = x.index_select(0, rows.clamp(max=x.shape[0] - 1).flatten()).view(*rows.shape, *x.shape[1:])
-        hole = self.padding[:, None] if x.dim() == 1 else self.padding[:, None, :, None]
-        return taken.masked_fill_(hole, 0)
+    def fetch(self, x: Tensor, repeat: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        """x [tokens, heads, ...] -> a new [m * heads * repeat, C, ...], zero where there is no token."""
+        heads, rest, C = x.shape[1], x.shape[2:], self.shape[2]
+        m = self.last - self.first
+        out = x.new_empty(m, heads, repeat, C, *rest, dtype=dtype or x.dtype)
+        if self.rectangle is not None:
+            window = self._window(x)
+            out.view(*window.shape[:3], repeat, *window.shape[3:]).copy_(window.unsqueeze(3))
+        else:
+            flat = x.reshape(-1, *rest)
+            taken = flat.index_select(0, self._rows(heads).clamp_(max=flat.shape[0] - 1)).view(m, heads, 1, C, *rest)
+            if self.padding is not None:
+                taken.masked_fill_(self.padding.view(m, 1, 1, C, *(1 for _ in rest)), 0)
+            out.copy_(taken)
+        return out.view(-1, C, *rest)
 
-    @staticmethod
-    def put(x: Tensor, rows: Tensor, values: Tensor) -> None:
-        """The inverse of fetch. x [(tokens + 1) * heads, D]: slots without a token write behind the last one."""
-        x.index_copy_(0, rows.flatten(), values.reshape(-1, *x.shape[1:]).to(x.dtype))
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """The inverse of fetch. x [tokens + 1, heads, ...]: slots without a token write to the last place."""
+        if self.rectangle is not None:
+            window = self._window(x)
+            window.copy_(values.view(window.shape))
+        else:
+            flat = x.view(-1, *x.shape[2:])
+            flat.index_copy_(0, self._rows(x.shape[1]), values.reshape(-1, *x.shape[2:]).to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -67,36 +84,62 @@ class Plan:
 
     steps: (first chunk, last chunk + 1) of each step of the scan; a step of n chunks concerns the first n sorted sequences.
     slots: int64 [M, C], the flat token (row * T + t) of each slot; B * T where there is none.
-    order: int64 [N], the sequence behind each sorted one, or None where they are not reordered.
+    order: int64 [N], the sequence behind each sorted one, or None where they are not reordered (a dense batch).
     """
 
-    tokens: int
-    sequences: int
+    B: int
+    T: int
     C: int
+    sequences: int
     steps: list[tuple[int, int]]
     slots: Tensor
-    padded: bool
     order: Tensor | None
 
     @property
     def chunks(self) -> int:
         return self.slots.shape[0]
 
-    def segments(self, size: int, *, reverse: bool = False) -> Iterator[Segment]:
-        """The list in runs of at most `size` chunks; pieces and segments in the order of the scan, or against it."""
-        starts = range(0, self.chunks, size)
-        for first in reversed(starts) if reverse else starts:
-            last = min(first + size, self.chunks)
-            pieces = [
-                Piece(max(a, first) - first, min(b, last) - first, max(a, first) - a)
-                for a, b in self.steps
-                if a < last and b > first
-            ]
+    def segments(self, size: int) -> list[Segment]:
+        """The list in runs of at most `size` chunks, in the order of the scan."""
+        runs = self._dense_runs(size) if self.order is None else self._packed_runs(size)
+        segments = []
+        for first, last, rectangle in runs:
+            pieces = [(max(a, first), min(b, last), a) for a, b in self.steps if a < last and b > first]
             slots = self.slots[first:last]
-            padding = slots == self.tokens if self.padded else None
-            if padding is not None and not padding.any():
-                padding = None
-            yield Segment(first, last, pieces[::-1] if reverse else pieces, slots, padding)
+            padding = slots == self.B * self.T if rectangle is None else None
+            segments.append(
+                Segment(
+                    first=first,
+                    last=last,
+                    sizes=[b - a for a, b, _ in pieces],
+                    sequences=[a - start for a, _, start in pieces],
+                    shape=(self.B, self.T, self.C),
+                    rectangle=rectangle,
+                    slots=slots,
+                    padding=padding,
+                )
+            )
+        return segments
+
+    def _packed_runs(self, size: int) -> Iterator[tuple[int, int, None]]:
+        for first in range(0, self.chunks, size):
+            yield first, min(first + size, self.chunks), None
+
+    def _dense_runs(self, size: int) -> Iterator[tuple[int, int, tuple[int, int, int, int] | None]]:
+        """Rectangles of rows and steps; the last, partly filled step stays apart so that all others are whole."""
+        whole = self.T // self.C
+        if size >= self.B:
+            stride = size // self.B
+            for step in range(0, whole, stride):
+                end = min(step + stride, whole)
+                yield step * self.B, end * self.B, (0, self.B, step * self.C, (end - step) * self.C)
+        else:
+            for step in range(whole):
+                for row in range(0, self.B, size):
+                    end = min(row + size, self.B)
+                    yield step * self.B + row, step * self.B + end, (row, end - row, step * self.C, self.C)
+        for first in range(whole * self.B, self.chunks, size):
+            yield first, min(first + size, self.chunks), None
 
     def sort(self, states: Tensor) -> Tensor:
         """[N, ...] by sequence -> sorted."""
@@ -114,7 +157,7 @@ def make_plan(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.d
         slots = place + T * torch.arange(B, device=device)[:, None]
         slots = slots.masked_fill_(place >= T, B * T).view(count * B, C)
         steps = [(t * B, (t + 1) * B) for t in range(count)]
-        return Plan(B * T, B, C, steps, slots, T % C != 0, None)
+        return Plan(B, T, C, B, steps, slots, None)
     bounds = cu_seqlens.cpu().long()
     lengths = bounds.diff()
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -127,4 +170,4 @@ def make_plan(B: int, T: int, C: int, cu_seqlens: Tensor | None, device: torch.d
     place = step[:, None] * C + torch.arange(C)
     slots = bounds[order][sequence][:, None] + place
     slots = torch.where(place < lengths[order][sequence][:, None], slots, T)
-    return Plan(T, len(lengths), C, steps, slots.to(device), bool((lengths % C != 0).any()), order.to(device))
+    return Plan(B, T, C, len(lengths), steps, slots.to(device), order.to(device))

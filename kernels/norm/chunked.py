@@ -47,7 +47,7 @@ class _Norm(torch.autograd.Function):
     """All three norms: weight None for the L2 norm, gate None without a gate."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, silu: bool, norm_first: bool
     ) -> Tensor:
         D = x.shape[-1]
@@ -78,7 +78,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight, statistic = ctx.saved_tensors
         silu, norm_first = ctx.silu, ctx.norm_first
         D = x.shape[-1]

@@ -88,7 +88,7 @@ def _pre_activation(
 
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -124,7 +124,7 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state = ctx.saved_tensors
         heads: _Heads | None = ctx.heads
         B, T, D = x.shape
