@@ -7,6 +7,7 @@ load runs inside one of the two calls below.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -125,7 +126,11 @@ def describe(error: BaseException) -> str:
         return "; ".join(f"rank {_span(ranks)}: {text}" for text, ranks in ranks_of.items())
     if isinstance(error, tuple(_KINDS.values())):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own text is long, and advises loading the bytes with the safety off.
+        return "the stored bytes are damaged (not what was pickled)"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _span(ranks: list[int]) -> str:
