@@ -1,4 +1,4 @@
-"""The helper that runs ranks must itself be trusted: results in order, errors with traceback, nobody left behind."""
+"""What runs the ranks must itself be trusted: results in order, errors with traceback, nobody left behind."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_a_second_job_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
             assert f"is in use by process {holder} on {socket.gethostname()} since 20" in text
             assert text.endswith("Stop that job, or choose another run folder.") and caught.value.exit_code == 1
             os.kill(holder, signal.SIGKILL)
-            # The worker, alive and forked while the lease was held, keeps the pipe to the helper open, so `job` is no
+            # The worker, alive and forked while the lease was held, keeps the pipe to the template open, so `job` is no
             # sign of the holder's end: ask the lock itself.
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
