@@ -13,21 +13,24 @@ from kernels.tuning import Use, parameters
 
 _AMD = {"matrix_instr_nonkdim": 16, "num_stages": 1}
 
+# Offline figures behind the choices: `python -m kernels.check`. "generic" also serves sm80 and sm100.
 DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     "delta_rule_prepare": {
         "generic": {"num_warps": 4, "num_stages": 1},
+        "gfx942": {**_AMD},
+        "gfx950": {**_AMD},
+    },
+    "delta_rule_scan_forward": {
+        "generic": {"BV": 32, "num_warps": 8, "num_stages": 2},
+        "sm90": {"BV": 64, "num_warps": 4, "num_stages": 3},
         "gfx942": {**_AMD, "num_warps": 4},
         "gfx950": {**_AMD, "num_warps": 4},
     },
-    "delta_rule_scan_forward": {
-        "generic": {"BV": 64, "num_warps": 4, "num_stages": 2},
-        "gfx942": {**_AMD, "BV": 32, "num_warps": 4},
-        "gfx950": {**_AMD, "BV": 32, "num_warps": 4},
-    },
     "delta_rule_scan_backward": {
-        "generic": {"BV": 64, "num_warps": 4, "num_stages": 2},
-        "gfx942": {**_AMD, "BV": 32, "num_warps": 4},
-        "gfx950": {**_AMD, "BV": 32, "num_warps": 4},
+        "generic": {"BV": 32, "num_warps": 8, "num_stages": 2},
+        "sm90": {"BV": 64, "num_warps": 4, "num_stages": 3},
+        "gfx942": {**_AMD, "num_warps": 4},
+        "gfx950": {**_AMD, "num_warps": 4},
     },
     # Not a launch: when a sequence is cut in segments. CHUNKS fixes a segment's length; 0 derives it: where the scan has
     # fewer than 1 / IDLE programs per unit, there are segments for about FILL programs a unit, of LEAST chunks or more.
@@ -35,14 +38,15 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "generic": {"CHUNKS": 0, "IDLE": 3, "FILL": 1, "LEAST": 8},
     },
     "delta_rule_join": {
-        "generic": {"BV": 32, "num_warps": 4, "num_stages": 2},
-        "gfx942": {**_AMD, "BV": 32},
-        "gfx950": {**_AMD, "BV": 32},
+        "generic": {"BV": 16, "num_warps": 8, "num_stages": 2},
+        "gfx942": {**_AMD, "BV": 32, "num_warps": 4},
+        "gfx950": {**_AMD, "BV": 32, "num_warps": 4},
     },
     "delta_rule_gradients": {
-        "generic": {"BV": 64, "num_warps": 8, "num_stages": 1},
-        "gfx942": {**_AMD, "BV": 32, "num_warps": 8},
-        "gfx950": {**_AMD, "BV": 32, "num_warps": 8},
+        "generic": {"BV": 16, "num_warps": 8, "num_stages": 1},
+        "sm90": {"BV": 64, "num_warps": 8, "num_stages": 2},
+        "gfx942": {**_AMD, "BV": 32},
+        "gfx950": {**_AMD, "BV": 32},
     },
     "delta_rule_channel_gate": {
         "generic": {"num_warps": 8, "num_stages": 1},
@@ -54,14 +58,49 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     },
     "delta_rule_channel_squares": {
         "generic": {"BV": 64, "num_warps": 4, "num_stages": 1},
-        "gfx942": _AMD,
-        "gfx950": _AMD,
+        "gfx942": {**_AMD},
+        "gfx950": {**_AMD},
     },
     "delta_rule_channel_gradients": {
         "generic": {"BC": 32, "BV": 64, "num_warps": 8, "num_stages": 1},
-        "gfx942": {**_AMD, "BC": 32, "num_warps": 4},
-        "gfx950": {**_AMD, "BC": 32, "num_warps": 4},
+        "gfx942": {**_AMD, "num_warps": 4},
+        "gfx950": {**_AMD, "num_warps": 4},
     },
+}
+
+
+def _options(*rows: tuple[int, int, int], name: str = "BV", **fixed: int) -> list[dict[str, int]]:
+    return [{name: tile, "num_warps": warps, "num_stages": stages, **fixed} for tile, warps, stages in rows]
+
+
+# What `kernels.bench --tune` may try, without those that spill on every architecture.
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "delta_rule_prepare": [{"num_warps": warps, "num_stages": 1} for warps in (2, 4, 8)],
+    "delta_rule_scan_forward": _options(
+        (64, 4, 3),
+        (64, 4, 2),
+        (64, 4, 1),
+        (128, 8, 3),
+        (128, 8, 2),
+        (32, 4, 3),
+        (32, 4, 2),
+        (32, 4, 1),
+        (32, 8, 2),
+        (16, 4, 2),
+    ),
+    "delta_rule_scan_backward": _options(
+        (64, 4, 3), (64, 4, 2), (64, 4, 1), (128, 8, 2), (32, 4, 3), (32, 4, 2), (32, 4, 1), (32, 8, 2), (16, 4, 2)
+    ),
+    "delta_rule_segments": [
+        {"IDLE": idle, "FILL": fill, "LEAST": 8} for idle in (1, 2, 3, 4, 1000) for fill in (1, 2, 4)
+    ],
+    "delta_rule_join": _options((16, 4, 1), (16, 8, 2), (32, 8, 2), (32, 4, 1)),
+    "delta_rule_gradients": _options((64, 8, 2), (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 8, 1), (16, 8, 1)),
+    "delta_rule_channel_gate": [{"num_warps": warps, "num_stages": 1} for warps in (4, 8)],
+    "delta_rule_channel_tiles": _options((64, 8, 1), (32, 8, 1), (32, 4, 1), name="BC"),
+    "delta_rule_channel_squares": _options((64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 8, 1)),
+    "delta_rule_channel_gradients": _options((32, 8, 1), (32, 4, 1), (64, 8, 1), name="BC", BV=64)
+    + _options((32, 8, 1), (32, 4, 1), name="BC", BV=32),
 }
 
 

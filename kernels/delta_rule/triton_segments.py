@@ -27,7 +27,7 @@ def segment_tokens(x: Tensor, T: int, size: int, K: int, walks: int, blocks: int
     """
     use = launch("delta_rule_segments", x, K=K, T=T, **keys)
     if use["CHUNKS"]:
-        return use["CHUNKS"] * size if T > use["CHUNKS"] * size else 0
+        return use["CHUNKS"] * size if use["CHUNKS"] * size < T else 0
     units = facts(architecture(x.device)).units
     if K > 128 or walks * blocks * use["IDLE"] > units:
         return 0
