@@ -9,13 +9,13 @@ from __future__ import annotations
 _AMD = {"matrix_instr_nonkdim": 16, "num_stages": 1}
 _GENERIC = {
     "gla_cumulative_gate": {"BS": 64, "num_warps": 4, "num_stages": 1},
-    "gla_prepare": {"BK": 64, "num_warps": 8, "num_stages": 1},
-    "gla_decay": {"BK": 64, "num_warps": 4, "num_stages": 1},
+    "gla_prepare": {"BK": 32, "num_warps": 8, "num_stages": 1},
+    "gla_decay": {"BK": 32, "num_warps": 4, "num_stages": 1},
     "gla_scan": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
     "gla_output": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
     "gla_score_gradient": {"BV": 64, "num_warps": 4, "num_stages": 1},
     "gla_backward": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
-    "gla_channel_backward": {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+    "gla_channel_backward": {"BK": 32, "BV": 64, "num_warps": 8, "num_stages": 1},
 }
 _MATRIX = ("gla_prepare", "gla_scan", "gla_output", "gla_score_gradient", "gla_backward", "gla_channel_backward")
 
@@ -34,7 +34,7 @@ def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:
 
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "gla_cumulative_gate": _grid(BS=(16, 32, 64, 128), num_warps=(2, 4, 8)),
-    "gla_prepare": [*_grid(BK=(64, 128), num_warps=(8,)), *_grid(BK=(32, 64), num_warps=(4,))],
+    "gla_prepare": [*_grid(BK=(32, 64), num_warps=(8,)), *_grid(BK=(32,), num_warps=(4,))],
     "gla_decay": _grid(BK=(32, 64, 128), num_warps=(4, 8)),
     "gla_scan": [
         row
@@ -47,5 +47,5 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         *_grid(BK=(32, 64), BV=(32, 64), num_warps=(4,), num_stages=(1, 2)),
         *_grid(BK=(64, 128), BV=(32, 64), num_warps=(8,), num_stages=(1, 2)),
     ],
-    "gla_channel_backward": _grid(BK=(32, 64), BV=(32, 64, 128), num_warps=(8,), num_stages=(1, 2)),
+    "gla_channel_backward": _grid(BK=(32,), BV=(32, 64, 128), num_warps=(8,), num_stages=(1, 2)),
 }
