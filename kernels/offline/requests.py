@@ -80,15 +80,15 @@ def _delta_rule(
 
 
 def _gated_linear_attention(
-    gate: str, K: int, V: int, dtype: torch.dtype, *, T: int = 256, H: int = 16, packed: bool = False
+    gate: str, K: int, V: int, dtype: torch.dtype, *, T: int = 256, H: int = 16, HV: int = 16, packed: bool = False
 ) -> Case:
     def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         from kernels.gated_linear_attention import gated_linear_attention
 
         B = 1 if packed else 2
-        q, k, v = leaf(B, T, H, K, dtype=dtype), leaf(B, T, H, K, dtype=dtype), leaf(B, T, H, V, dtype=dtype)
-        g = _gate(gate, B, T, H, K)
-        state = leaf(3, H, K, V) if packed else None
+        q, k, v = leaf(B, T, H, K, dtype=dtype), leaf(B, T, H, K, dtype=dtype), leaf(B, T, HV, V, dtype=dtype)
+        g = _gate(gate, B, T, HV, K)
+        state = leaf(3, HV, K, V) if packed else None
         o, final = gated_linear_attention(
             q,
             k,
@@ -100,7 +100,8 @@ def _gated_linear_attention(
         )
         return _present(o, final), _present(q, k, v, g, state)
 
-    return Case("gated_linear_attention", _label(gate, K, V, dtype, packed, T, 1), run, required=max(K, V) <= 128)
+    name = _label(gate, K, V, dtype, packed, T, HV // H)
+    return Case("gated_linear_attention", name, run, required=max(K, V) <= 128)
 
 
 def _label(gate: str, K: int, V: int, dtype: torch.dtype, packed: bool, T: int, groups: int) -> str:
@@ -172,7 +173,8 @@ def cases(op: str) -> list[Case]:
             *(_gated_linear_attention(gate, 128, 128, BF16, packed=True) for gate in gates),
             *(_gated_linear_attention(gate, 64, 64, FP32) for gate in gates),
             _gated_linear_attention("channel", 128, 128, FP32),
-            _gated_linear_attention("channel", 64, 64, BF16, T=250, H=3),
+            _gated_linear_attention("head", 128, 64, BF16, H=1),  # Mamba-2: one key head for all value heads
+            _gated_linear_attention("channel", 64, 64, BF16, T=250, H=3, HV=3),
         ]
     if op == "short_conv":
         return [
