@@ -8,15 +8,17 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.architecture import architecture, dot_precision
+from kernels.architecture import architecture, dot_precision, facts
 from kernels.common.chunks import Chunks
 from kernels.gated_linear_attention.triton_backward import backward_kernel, score_gradient_kernel
 from kernels.gated_linear_attention.triton_backward_channel import channel_backward_kernel
 from kernels.gated_linear_attention.triton_gates import cumulative_gate_kernel, prepare_kernel
 from kernels.gated_linear_attention.triton_output import output_kernel
 from kernels.gated_linear_attention.triton_parameters import DEFAULTS
-from kernels.gated_linear_attention.triton_scan import scan_kernel
+from kernels.gated_linear_attention.triton_scan import fold_kernel, scan_kernel
 from kernels.tuning import parameters
+
+SHORTEST_SEGMENT = 8  # chunks
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Launcher:
         for name, width in (("BK", self.K), ("BV", self.V)):
             if name in use:
                 use[name] = min(use[name], max(16, triton.next_power_of_2(width)))
+        if kernel == "gla_backward" and self.q.element_size() == 4:  # fp32 operands take twice the registers
+            use["BK"] = min(use["BK"], 32)
         return use
 
     @property
@@ -102,16 +106,43 @@ class Launcher:
     ) -> tuple[Tensor, Tensor | None]:
         chunks = self.chunks
         states = self.empty(chunks.count, self.HV, self.K, self.V, dtype=self.state_dtype)
+        heads = chunks.sequences * self.HV
         last = self.empty(chunks.sequences, self.HV, self.K, self.V, dtype=torch.float32) if wants_last else None
         use = self.use("gla_scan")
-        grid = (chunks.sequences * self.HV * triton.cdiv(self.K, use["BK"]) * triton.cdiv(self.V, use["BV"]),)
-        scan_kernel[grid](
-            a, b, gates, start, states, last, chunks.cu_seqlens, chunks.offsets, self.scale, chunks.tokens,
-            HA=a.shape[2], HV=self.HV, K=self.K, V=self.V, BT=chunks.size, GATE=self.gate, REVERSE=reverse,
-            HAS_START=start is not None, HAS_LAST=wants_last, PACKED=chunks.packed,
-            PRECISION=dot_precision(self.arch, "state"), **use,
+        tiles = triton.cdiv(self.K, use["BK"]) * triton.cdiv(self.V, use["BV"])
+        segments = use.pop("SEGMENTS") or self._segments(heads * tiles)
+
+        def scan(start: Tensor | None, last: Tensor | None, decays: Tensor | None) -> None:
+            scan_kernel[(heads * segments * tiles,)](
+                a, b, gates, start, states, last, decays, chunks.cu_seqlens, chunks.offsets, self.scale, chunks.tokens,
+                segments, HA=a.shape[2], HV=self.HV, K=self.K, V=self.V, BT=chunks.size, GATE=self.gate,
+                REVERSE=reverse, HAS_START=start is not None, HAS_LAST=last is not None, SUMMARY=decays is not None,
+                PACKED=chunks.packed, PRECISION=dot_precision(self.arch, "state"), **use,
+            )  # fmt: skip
+
+        if segments == 1:
+            scan(start, last, None)
+            return states, last
+        entering = self.empty(heads, segments, self.K, self.V, dtype=torch.float32)
+        decays = self.empty(heads, segments, self.K, dtype=torch.float32)
+        scan(None, entering, decays)
+        fold = self.use("gla_fold")
+        fold_kernel[(heads * triton.cdiv(self.K * self.V, fold["BLOCK"]),)](
+            entering, decays, start, last, segments, REVERSE=reverse, K=self.K, V=self.V,
+            HAS_START=start is not None, HAS_LAST=wants_last, **fold,
         )  # fmt: skip
+        scan(entering, None, None)
         return states, last
+
+    def _segments(self, programs: int) -> int:
+        """Segments a sequence, so that the scan has about two programs for each CU or SM.
+
+        Two passes cost about 1.7 of one, hence never two segments; and a segment should be long enough to hide its
+        start.
+        """
+        wanted = 2 * facts(self.arch).units // programs
+        segments = min(wanted, self.chunks.count // max(1, self.chunks.sequences) // SHORTEST_SEGMENT)
+        return segments if segments >= 3 else 1
 
     def states(
         self, G: Tensor | None, prepared: Prepared | None, start: Tensor | None, wants_final: bool

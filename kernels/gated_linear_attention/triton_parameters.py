@@ -1,6 +1,7 @@
 """Launch parameters of the gated linear attention kernels: starting values per architecture, and what a tuner may try.
 
-BK, BV: tile of the key and value dims (never wider than the head). Every entry compiles without a spill for its
+BK, BV: tile of the key and value dims (never wider than the head). SEGMENTS: parts into which the scan cuts a sequence,
+0 to choose by the size of the device. Every entry compiles without a spill for its
 architecture.
 """
 
@@ -11,7 +12,8 @@ _GENERIC = {
     "gla_cumulative_gate": {"BS": 64, "num_warps": 4, "num_stages": 1},
     "gla_prepare": {"BK": 32, "num_warps": 8, "num_stages": 1},
     "gla_decay": {"BK": 32, "num_warps": 4, "num_stages": 1},
-    "gla_scan": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    "gla_scan": {"BK": 64, "BV": 64, "SEGMENTS": 0, "num_warps": 4, "num_stages": 2},
+    "gla_fold": {"BLOCK": 512, "num_warps": 4, "num_stages": 1},
     "gla_output": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
     "gla_score_gradient": {"BV": 64, "num_warps": 4, "num_stages": 1},
     "gla_backward": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
@@ -41,6 +43,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         for row in _grid(BK=(32, 64, 128), BV=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
         if 2048 <= row["BK"] * row["BV"] <= 8192
     ],
+    "gla_fold": _grid(BLOCK=(256, 512, 1024), num_warps=(2, 4)),
     "gla_output": _grid(BK=(32, 64, 128), BV=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
     "gla_score_gradient": _grid(BV=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2)),
     "gla_backward": [

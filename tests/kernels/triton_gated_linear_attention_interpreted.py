@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.gated_linear_attention.triton import gated_linear_attention_triton
+from kernels.tuning import override
 
 
 def recurrence(q, k, v, g, scale, state, bounds):
@@ -100,6 +101,13 @@ def test_grouped_value_heads_and_batch(gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_packed_sequences_of_length_zero_one_and_ragged(gate):
     compare(1, 140, 1, 2, 16, 16, gate, cumulative=[0, 1, 1, 66, 70, 140, 140])
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_sequences_cut_into_segments(gate):
+    with override({"gla_scan": {"SEGMENTS": 3}}):
+        compare(1, 260, 1, 1, 16, 32, gate)
+        compare(1, 140, 1, 1, 16, 16, gate, has_state=False, cumulative=[0, 1, 1, 130, 140])
 
 
 @pytest.mark.parametrize("gate", GATES[1:])
