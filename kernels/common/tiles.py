@@ -36,9 +36,24 @@ def load_tile_masked(source, row, column, within, mask, STRIDE: tl.constexpr, DE
     return tile
 
 
+@triton.jit
+def store_tile(target, row, column, within, tile, mask, STRIDE: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """Writes a tile where load_tile_masked reads it. A descriptor writes all of it that lies within the tensor."""
+    if DESCRIPTOR:
+        target.store([tl.cast(row, tl.int32), tl.cast(column, tl.int32)], tile)
+    else:
+        tl.store(target + tl.cast(row, tl.int64) * STRIDE + column + within, tile, mask=mask)
+
+
 def descriptors_pay(device: torch.device) -> bool:
     """Whether the device has hardware behind descriptors."""
     return architecture(device) in ("sm90", "sm100")
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x laid out row by row, starting on a 16-byte boundary, as descriptors require; itself where it already is."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def descriptor(x: torch.Tensor | None, width: int, block: Sequence[int], wanted: bool) -> object:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.common.tiles import aligned
 from kernels.delta_rule.triton_call import (
     Prepared,
     Shape,
@@ -41,7 +42,7 @@ def delta_rule_triton(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The meaning of `kernels.delta_rule.delta_rule`; same arguments, already validated. K <= 256."""
-    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
+    q, k, v, beta = (aligned(x) for x in (q, k, v, beta))
     g = None if g is None else g.contiguous()
     o, final = _DeltaRule.apply(q, k, v, beta, g, initial_state, scale, output_final_state, cu_seqlens, normalize_qk)
     return o, final if output_final_state else None
@@ -81,7 +82,7 @@ class _DeltaRule(torch.autograd.Function):
         else:
             q_in, k_in, rates, cumulative, *factors = rest
             p = Prepared(q_in, k_in, k_in, rates, cumulative, None, inverse, attention, q_in, k_in, *factors)
-        do = torch.zeros_like(v) if do is None else do.contiguous()
+        do = torch.zeros_like(v) if do is None else aligned(do)
         d_final = None if d_final is None else d_final.contiguous()
         forward = scan_forward(s, p, v, initial, keep=True)
         wanted = ctx.needs_input_grad[5]

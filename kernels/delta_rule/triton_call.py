@@ -206,6 +206,8 @@ def prepare_channel(s: Shape, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, nor
 def _v_block(s: Shape, use: Use) -> tuple[int, bool]:
     """Values a program holds, and whether it may read tiles through descriptors: they cannot mask a part of a head."""
     block = min(use.pop("BV"), triton.next_power_of_2(max(s.V, 16)))
+    if s.gate == 2:  # one more tile of keys a step: three steps' worth would not fit in shared memory
+        use["num_stages"] = min(use["num_stages"], 2)
     return block, s.descriptors and s.V % block == 0
 
 
@@ -259,6 +261,7 @@ def scan_forward(
     transition = v.new_empty(to.count, s.HV, s.K, s.K, dtype=torch.float32) if summary else None
     use = launch("delta_rule_scan_forward", v, **s.keys)
     BV, through = _v_block(s, use)
+    whole = through and output and not s.chunks.packed and s.T % C == 0
     blocks = triton.cdiv(s.V, BV) + (triton.cdiv(s.K, BV) if summary else 0)
     scan_forward_kernel[(blocks * s.HV * to.count,)](
         descriptor(p.q_in, s.BK, (C, s.BK), through),
@@ -270,9 +273,9 @@ def scan_forward(
         p.ends,
         descriptor(p.inverse, C, (C, C), through),
         descriptor(p.attention, C, (C, C), through),
-        o,
-        states,
-        v_new,
+        descriptor(o, s.HV * s.V, (C, BV), whole),
+        descriptor(states, s.BK, (BV, s.BK), through),
+        descriptor(v_new, C, (BV, C), through),
         initial,
         end,
         transition,
@@ -293,6 +296,7 @@ def scan_forward(
         INITIAL=initial is not None,
         FINAL=final,
         SUMMARY=summary,
+        WHOLE=whole,
         PACKED=to.begins is not None,
         DESCRIPTOR=through,
         PRECISION=precision(v, "state"),
@@ -334,8 +338,8 @@ def scan_backward(
         p.ends,
         descriptor(p.inverse, C, (C, C), through),
         descriptor(p.attention, C, (C, C), through),
-        d_states,
-        d_error,
+        descriptor(d_states, s.BK, (BV, s.BK), through),
+        descriptor(d_error, C, (BV, C), through),
         d_final,
         d_initial,
         to.begins,

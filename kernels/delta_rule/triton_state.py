@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_sequence
-from kernels.common.tiles import load_tile, load_tile_masked
+from kernels.common.tiles import load_tile, load_tile_masked, store_tile
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -57,6 +57,7 @@ def scan_forward_kernel(
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
     SUMMARY: tl.constexpr,
+    WHOLE: tl.constexpr,  # o is a descriptor too: every chunk is full
     PACKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,8 +86,8 @@ def scan_forward_kernel(
     at_k = row[:, None] * BK + channel[None, :]
     at_v = row[:, None] * (HV * V) + tl.arange(0, BV)[None, :]
     at_t = row[:, None] * BT + row[None, :]
-    at_s = value[:, None] * BK + channel[None, :]
-    at_new = value[:, None] * BT + row[None, :]
+    at_s = tl.arange(0, BV)[:, None] * BK + channel[None, :]
+    at_new = tl.arange(0, BV)[:, None] * BT + row[None, :]
     inside = (value < V)[:, None]
 
     state = tl.zeros([BV, BK], dtype=tl.float32)
@@ -115,7 +116,7 @@ def scan_forward_kernel(
 
         b_state = state.to(b_k.dtype)
         if KEEP:
-            tl.store(states + by_head * V * BK + at_s, b_state, mask=inside)
+            store_tile(states, by_head * V + i_v * BV, 0, at_s, b_state, inside, BK, DESCRIPTOR)
         seen = tl.dot(b_state, tl.trans(b_k), input_precision=PRECISION)
         if OUTPUT:
             b_q = load_tile(q_in, row_k, 0, at_k, BK, DESCRIPTOR)
@@ -126,7 +127,7 @@ def scan_forward_kernel(
         new = tl.dot(error.to(b_k.dtype), tl.trans(b_inverse), input_precision=PRECISION)
         b_new = new.to(b_k.dtype)
         if KEEP:
-            tl.store(v_new + by_head * V * BT + at_new, b_new, mask=inside)
+            store_tile(v_new, by_head * V + i_v * BV, 0, at_new, b_new, inside, BT, DESCRIPTOR)
         if OUTPUT:
             if GATE == 1:
                 out *= (tl.exp2(gate) * scale)[None, :]
@@ -134,8 +135,8 @@ def scan_forward_kernel(
                 out *= scale
             b_attention = load_tile(attention, by_head * BT, 0, at_t, BT, DESCRIPTOR)
             out = tl.dot(b_new, tl.trans(b_attention), acc=out, input_precision=PRECISION)
-            to = o + row_v * (HV * V) + hv * V + i_v * BV + at_v
-            tl.store(to, tl.trans(out.to(o.dtype.element_ty)), mask=mask_v)
+            b_o = tl.trans(out.to(b_k.dtype))
+            store_tile(o, row_v, hv * V + i_v * BV, at_v, b_o, mask_v, HV * V, WHOLE)
 
         if GATE == 1:
             state *= tl.exp2(gate_end)
@@ -208,8 +209,8 @@ def scan_backward_kernel(
     at_k = row[:, None] * BK + channel[None, :]
     at_v = row[:, None] * (HV * V) + tl.arange(0, BV)[None, :]
     at_t = row[:, None] * BT + row[None, :]
-    at_s = value[:, None] * BK + channel[None, :]
-    at_new = value[:, None] * BT + row[None, :]
+    at_s = tl.arange(0, BV)[:, None] * BK + channel[None, :]
+    at_new = tl.arange(0, BV)[:, None] * BT + row[None, :]
     inside = (value < V)[:, None]
 
     d_state = tl.zeros([BV, BK], dtype=tl.float32)
@@ -238,7 +239,7 @@ def scan_backward_kernel(
 
         b_d_state = d_state.to(b_k.dtype)
         if KEEP:
-            tl.store(d_states + by_head * V * BK + at_s, b_d_state, mask=inside)
+            store_tile(d_states, by_head * V + i_v * BV, 0, at_s, b_d_state, inside, BK, DESCRIPTOR)
         d_new = tl.dot(b_d_state, tl.trans(b_k), input_precision=PRECISION)
         if GATE == 1:
             d_new *= tl.exp2(gate_end - gate)[None, :]
@@ -246,7 +247,7 @@ def scan_backward_kernel(
         d_new = tl.dot(b_do, b_attention, acc=d_new, input_precision=PRECISION)
         x = tl.dot(d_new.to(b_k.dtype), b_inverse, input_precision=PRECISION)
         if KEEP:
-            tl.store(d_error + by_head * V * BT + at_new, x.to(d_error.dtype.element_ty), mask=inside)
+            store_tile(d_error, by_head * V + i_v * BV, 0, at_new, x.to(b_k.dtype), inside, BT, DESCRIPTOR)
 
         if GATE == 1:
             from_start = tl.exp2(gate)
