@@ -47,10 +47,10 @@ def test_every_workload_runs_and_every_input_gets_a_gradient(name):
 
 
 def test_statistics():
-    ours, theirs = Timing((1.0, 2.0, 10.0)), Timing((2.0, 4.0, 5.0))
+    ours, theirs = Timing((1.0, 10.0, 2.0)), Timing((2.0, 5.0, 6.0))
     assert ours.median == 2.0
     assert ours.spread == pytest.approx(9 / 2 / 2)
-    assert theirs.ratio(ours) == 2.0  # the median of 2, 2, 0.5: not the ratio of the medians of noisy rounds
+    assert theirs.ratio(ours) == 2.0  # the median of 2, 0.5 and 3; that of the medians would be 2.5
     assert Timing((1.0, 1.0, 3.0, 3.0)).spread == pytest.approx((3.0 - 1.0) / 2 / 2.0)
 
 
