@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels.delta_rule.decays import Decays, chunk_decays, scores
+from kernels.delta_rule.decays import Decays, chunk_decays
 from kernels.delta_rule.layout import ChunkLayout, Slab, chunk_layout
+from kernels.delta_rule.scores import channel_scores, scores
 
 
 def delta_rule_chunked(
@@ -90,20 +91,25 @@ class _DeltaRule(torch.autograd.Function):
 
 @dataclass
 class Chunks:
-    """Operands of the chunks of a slab: M chunks times value heads, in the order of the layout."""
+    """The chunks of a slab: M chunks times value heads, in the order of the layout.
+
+    What goes into matrix products is rounded to the operand dtype; the rest has the accumulation dtype.
+    """
 
     X: Tensor  # [M, 2, C, K] queries (scaled) and keys, normalised where asked
     w: Tensor  # [M, C, K] beta k
     beta: Tensor  # [M, C, 1]
     lengths: Tensor | None  # [M, 2, C, 1] 1 / |q|, 1 / |k| where normalised
     decays: Decays | None
-    read: Tensor  # [M, 2C, K] an operand: X, decayed from the start of the chunk where every channel has its own decay
-    write: Tensor  # [M, C, K] an operand: w decayed to the end of the chunk
-    from_start: Tensor | None  # [M, 2C, 1] the decay that reads still lack: that of a head
+    rows: Tensor  # [M, 2C, K] X as an operand
+    columns: Tensor  # [M, C, K] w as an operand
+    read: Tensor  # [M, 2C, K] rows; where every channel has its own decay, decayed from the start of the chunk
+    write: Tensor  # [M, C, K] columns decayed to the end of the chunk
 
     @property
-    def operands(self) -> torch.dtype:
-        return self.read.dtype
+    def late_decay(self) -> Tensor | None:
+        """[M, C, 1] what reads of the state still lack: the decay of a head, cheaper on the product."""
+        return None if self.decays is None or self.decays.pair is None else self.decays.from_start
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -139,16 +145,15 @@ def prepare(
     X[:, 0] *= scale
     strength = slab.pack(beta, X.new_empty(m, HV, C)).view(M, C, 1)
     w = X[:, 1] * strength
-    read, write, decays, from_start = X, w, None, None
+    operands = operand_dtype(q)
+    rows, columns = X.view(M, 2 * C, K).to(operands), w.to(operands)
+    read, write, decays = rows, columns, None
     if g is not None:
         decays = chunk_decays(slab.pack(g, X.new_empty(m, HV, C, *g.shape[3:])).view(M, C, -1).exp_())
-        write = w * decays.to_end
+        write = (w * decays.to_end).to(operands)
         if decays.pair is None:
-            read = X * decays.from_start[:, None]
-        else:
-            from_start = decays.from_start.repeat(1, 2, 1)
-    read, write = (x.to(operand_dtype(q)) for x in (read.view(M, 2 * C, K), write))
-    return Chunks(X, w, strength, lengths, decays, read, write, from_start)
+            read = (X * decays.from_start[:, None]).view(M, 2 * C, K).to(operands)
+    return Chunks(X, w, strength, lengths, decays, rows, columns, read, write)
 
 
 def forward_slabs(
@@ -182,8 +187,11 @@ def forward_slabs(
     for i, slab in enumerate(layout.slabs):
         chunks = prepare(q, k, beta, g, scale, normalize_qk, slab)
         values = slab.pack(v, S.new_empty(sum(slab.sizes), HV, C, V)).view(-1, C, V)
-        score = scores(chunks.X, chunks.w, chunks.decays, operands)
-        inverse = unit_lower_inverse(score[:, 1]).to(operands)
+        if chunks.decays is None or chunks.decays.pair is not None:
+            score = scores(chunks.rows, chunks.columns, chunks.decays)
+        else:
+            score = channel_scores(chunks.X, chunks.w, chunks.decays, operands)
+        inverse = unit_lower_inverse(score[:, 1].to(S.dtype)).to(operands)
         if recording:
             e, *rest = (x[slab.rows(HV)] for x in kept[:3])
             rest[0].copy_(score)
@@ -204,15 +212,18 @@ def _scan(S: Tensor, chunks: Chunks, values: Tensor, inverse: Tensor, e: Tensor,
     reads, writes, value, inverses, errors, outs = (
         slab.split(x, HV) for x in (chunks.read, chunks.write, values, inverse, e, out)
     )
-    from_start = None if chunks.from_start is None else slab.split(chunks.from_start, HV)
+    late = None if chunks.late_decay is None else slab.split(chunks.late_decay, HV)
     whole = None if chunks.decays is None else slab.split(chunks.decays.whole, HV)
     for t in range(len(slab.sizes)):
         now = S[: len(reads[t])]
         answers = torch.bmm(reads[t], now.to(e.dtype))
-        if from_start is not None:
-            answers *= from_start[t]
-        outs[t].copy_(answers[:, :C])
-        torch.bmm(inverses[t], value[t].sub_(answers[:, C:]).to(e.dtype), out=errors[t])
+        if late is None:
+            outs[t].copy_(answers[:, :C])
+            error = value[t].sub_(answers[:, C:])
+        else:
+            torch.mul(answers[:, :C], late[t], out=outs[t])
+            error = value[t].addcmul_(answers[:, C:], late[t], value=-1.0)
+        torch.bmm(inverses[t], error.to(e.dtype), out=errors[t])
         if whole is not None:
             now *= whole[t]
         add_product_(now, writes[t].mT, errors[t])

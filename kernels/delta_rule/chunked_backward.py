@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kernels.delta_rule.chunked import Chunks, add_product_, prepare
-from kernels.delta_rule.decays import scores_backward
 from kernels.delta_rule.layout import ChunkLayout, Slab
+from kernels.delta_rule.scores import channel_scores_backward, scores_backward_
 
 
 def backward_slabs(
@@ -75,11 +75,11 @@ def _slab_backward(
     Takes dS from the end of the slab to its start, in place, and fills D[:, 1] with -Y.
     """
     M, _, C, V = D.shape
-    X, w, decays, operands = chunks.X, chunks.w, chunks.decays, chunks.operands
+    decays = chunks.decays
     reads, writes, errors, inverses, Ds = (
         slab.split(x, HV) for x in (chunks.read, chunks.write, e, inverse, D.view(M, 2 * C, V))
     )
-    from_start = None if chunks.from_start is None else slab.split(chunks.from_start, HV)
+    late = None if chunks.late_decay is None else slab.split(chunks.late_decay, HV)
     whole = None if decays is None else slab.split(decays.whole, HV)
 
     # The states are computed again rather than kept from the forward pass: 2 of some 30 products.
@@ -91,52 +91,59 @@ def _slab_backward(
 
     de = torch.bmm(score[:, 0].mT, D[:, 0])
     dread, dwrite = torch.empty_like(chunks.read), torch.empty_like(chunks.write)
-    dwhole = None if whole is None else w.new_empty(M, w.shape[-1])
+    dwhole = None if whole is None else S.new_empty(M, S.shape[1])
     des, dreads, dwrites = (slab.split(x, HV) for x in (de, dread, dwrite))
     dwholes = None if dwhole is None else slab.split(dwhole, HV)
     for t in reversed(range(len(slab.sizes))):
         S = starts[t][: len(reads[t])]
         now = dS[: len(reads[t])]
-        dnow = now.to(operands)
+        dnow = now.to(e.dtype)
         torch.bmm(errors[t], dnow.mT, out=dwrites[t])
         if dwholes is not None:
             torch.sum(S * now, -1, out=dwholes[t])
         des[t].baddbmm_(writes[t], dnow)
         torch.neg(torch.bmm(inverses[t].mT, des[t]), out=Ds[t][:, C:])
-        rows = Ds[t] if from_start is None else (Ds[t] * from_start[t]).to(operands)
-        torch.bmm(rows, S.to(operands).mT, out=dreads[t])
+        rows = Ds[t]
+        if late is not None:
+            rows = (rows.unflatten(1, (2, C)) * late[t][:, None]).to(e.dtype).flatten(1, 2)
+        torch.bmm(rows, S.to(e.dtype).mT, out=dreads[t])
         if whole is not None:
             now *= whole[t]
         add_product_(now, reads[t].mT, rows)
 
     dscore = torch.bmm(D.view(M, 2 * C, V), e.mT).view(M, 2, C, C)
-    dX, dw, dG = scores_backward(dscore, score, X, w, decays)
-    dread = dread.view_as(X)
-    if decays is None or dwhole is None or dG is None:
-        return dX.add_(dread), dw.add_(dwrite), None
-    dg = _decay_gradient(chunks, dread, dwrite, dwhole, dG)
-    if decays.pair is None:
-        dX.addcmul_(dread.to(X.dtype), decays.from_start[:, None])
-    else:
-        dX += dread
-    return dX, dw.addcmul_(dwrite.to(w.dtype), decays.to_end), dg
-
-
-def _decay_gradient(chunks: Chunks, dread: Tensor, dwrite: Tensor, dwhole: Tensor, dG: Tensor) -> Tensor:
-    """dg [M, C, D]. dwhole [M, K] is rowsum(S dS); dG [M, C, D] comes from the scores."""
-    decays = chunks.decays
-    assert decays is not None
-    rows = (chunks.read.view_as(dread).to(dG.dtype) * dread).sum(1)
-    columns = chunks.write.to(dG.dtype) * dwrite
-    dwhole = dwhole * decays.whole[..., 0]
+    X, w, wide = chunks.X, chunks.w, chunks.X.dtype
+    if decays is None or dwhole is None:
+        scores_backward_(dread, dwrite, dscore, score, chunks.rows, chunks.columns, decays)
+        return dread.view_as(X).to(wide), dwrite.to(wide), None
+    dwhole *= decays.whole[..., 0]
     if decays.pair is not None:
-        rows, columns, dwhole = (x.sum(-1, keepdim=True) for x in (rows, columns, dwhole))
-    # dg of step t: rows from t on, columns before t, the state. Two triangular sums as one product; a running sum along
-    # a strided dim is slower. Columns are not "all minus those from t on", which would cancel.
-    C = rows.shape[1]
-    ones = rows.new_ones(C, C)
-    sums = torch.cat([ones.triu(), ones.tril(-1)], 1).expand(len(rows), C, 2 * C)
-    return torch.baddbmm(dwhole[:, None], sums, torch.cat([rows.add_(dG), columns], 1))
+        reading = (X * dread.view_as(X).to(wide)).sum((1, 3))[..., None]
+        dwrite.mul_(decays.to_end)
+        writing = (w * dwrite.to(wide)).sum(-1, keepdim=True)
+        dG = scores_backward_(dread, dwrite, dscore, score, chunks.rows, chunks.columns, decays)
+        assert dG is not None
+        dg = _sums(dG.add_(reading), writing, dwhole.sum(-1, keepdim=True))
+        return dread.view_as(X).to(wide), dwrite.to(wide), dg
+    dX, dw, dG, diagonal = channel_scores_backward(dscore, X, w, decays)
+    dread = dread.view_as(X) * decays.from_start[:, None]
+    dwrite = dwrite * decays.to_end
+    dg = _sums(dG.add_((X * dread).sum(1)), w * dwrite, dwhole)
+    dX += dread
+    dX[:, 0].addcmul_(diagonal, w)
+    return dX, dw.add_(dwrite).addcmul_(diagonal, X[:, 0]), dg
+
+
+def _sums(from_step: Tensor, before_step: Tensor, always: Tensor) -> Tensor:
+    """dg [M, C, D] of each step: the first argument from that step on, the second before it, and the third [M, D].
+
+    One product with two triangles of ones: a running sum along a strided dim is slower. "All minus those from the step
+    on" would cancel.
+    """
+    C = from_step.shape[1]
+    ones = from_step.new_ones(C, C)
+    triangles = torch.cat([ones.triu(), ones.tril(-1)], 1).expand(len(from_step), C, 2 * C)
+    return torch.baddbmm(always[:, None], triangles, torch.cat([from_step, before_step], 1))
 
 
 def _unit_length_backward_(dX: Tensor, X: Tensor, lengths: Tensor, scale: float) -> None:
