@@ -25,7 +25,7 @@ def load(path: str | Path, device: str = "auto") -> tuple[Decoder, Tokenizer]:
     checkpoints, checkpoint = _find(Path(path))
     config = RunConfig.model_validate(checkpoints.meta(checkpoint)["config"])
     model = Decoder(config.model)
-    read(checkpoint, model_tensors(model), subset=True)
+    read(checkpoint, model_tensors(model))
     where = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     return model.eval().to(where), Tokenizer(_tokenizer(checkpoint.parent.parent, config))
 

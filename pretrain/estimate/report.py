@@ -10,7 +10,7 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.data.store import Corpus
 from pretrain.estimate.flops import mean_context, training_flops_per_token
 from pretrain.model.decoder import Decoder
-from pretrain.train.loop import build_model, with_vocabulary
+from pretrain.train.build import build_model, with_vocabulary
 from pretrain.train.progress import human
 
 GIB = 2**30

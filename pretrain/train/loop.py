@@ -1,35 +1,30 @@
-"""The training job: build everything, find the newest checkpoint, step until done."""
+"""The training job: step until done, and let the callbacks see every step."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import psutil
 import torch
 
-from parallel import engines, processes
-from parallel.mesh import Mesh
+from parallel import processes
 from parallel.processes import Processes
-from pretrain import config as configuration
 from pretrain.checkpoint.agreement import Agreement
 from pretrain.checkpoint.lease import Lease
-from pretrain.checkpoint.lifecycle import Checkpoints
-from pretrain.config import ConfigError, RunConfig
-from pretrain.data.loader import Loader
-from pretrain.data.store import Corpus
+from pretrain.config import RunConfig
+from pretrain.data.batch import Batch
 from pretrain.estimate import flops, hardware
 from pretrain.exit import FINISHED, NUMERICAL, PREEMPTED, Exit
 from pretrain.model.decoder import Decoder
 from pretrain.train.balance import Balance
+from pretrain.train.build import Assembled, assemble
 from pretrain.train.callback import Callback, Run
 from pretrain.train.metrics import Metrics
 from pretrain.train.plot import LossCurve
 from pretrain.train.progress import Progress, human
-from pretrain.train.save import FOLDER, Save, restore
+from pretrain.train.save import Save
 from pretrain.train.signals import Signals
 from pretrain.train.step import train_step
 from pretrain.train.validation import Validation
@@ -41,79 +36,58 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
         job = processes.join(config.train.device, group_for_one=config.engine.kind == "deepspeed")
         try:
             agreement = Agreement()
-            with Lease(config.run, agreement=agreement).acquire():
-                return _train(config, job, agreement, signals, extra)
+            with Lease(config.run, agreement=agreement):
+                loop = Loop(assemble(config, job, agreement), extra, lambda: signals.received is not None)
+                try:
+                    loop.begin()
+                    signals.armed = True
+                    while not loop.run.last:
+                        loop.once()
+                    return loop.end(signals.received)
+                finally:
+                    loop.close()
         finally:
             processes.leave()
 
 
-def _train(config: RunConfig, job: Processes, agreement: Agreement, signals: Signals, extra: Sequence[Callback]) -> int:
-    mesh = _or_usage(lambda: Mesh(config.mesh, job))
-    corpus, validation = open_data(config)
-    config = with_vocabulary(config, corpus.vocabulary_size)
-    progress = Progress(config.log.every)
-    loader = _or_usage(
-        lambda: Loader(
-            corpus,
-            sequence_length=config.data.sequence_length,
-            global_batch=config.train.batch,
-            micro_batch=config.train.micro_batch,
-            seed=config.data.seed,
-            rank=mesh.dp_rank,
-            ranks=mesh.dp_size,
-            prefetch=config.data.prefetch,
-        )
-    )
-    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    model = build_model(config).to(job.device)
-    engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
-    run = Run(config, job, engine, model)
-    checkpoints = Checkpoints(
-        config.run / FOLDER,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every or 0,
-        agreement=agreement,
-    )
-    checkpoints.sweep()
-    resumed = _or_usage(lambda: restore(run, checkpoints, loader))
-    if job.first:
-        _write_config(config, corpus)
-    # The order matters: balancing completes the record, saving comes after it (the checkpoint holds the moved biases).
-    callbacks: list[Callback] = [
-        *extra,
-        Balance(),
-        Metrics(config.log.tensorboard),
-        progress,
-        Save(checkpoints, loader, progress),
-        Validation(validation, progress),
-        LossCurve(),
-    ]
-    try:
-        for callback in callbacks:
-            callback.on_start(run)
-        _announce(run, mesh, resumed, progress)
-        return _steps(run, loader, signals, callbacks, progress)
-    finally:
-        loader.close()
-        for callback in callbacks:
-            callback.close()
+class Loop:
+    """One job's steps. `begin`, then `once` for every step, then `end`; `close` whatever happened."""
 
+    def __init__(self, parts: Assembled, extra: Sequence[Callback], flag: Callable[[], bool]):
+        self.run, self.parts, self.flag = parts.run, parts, flag
+        config = parts.run.config
+        self.progress = Progress(config.log.every)
+        # The order matters: balancing completes the record, saving comes after it (the checkpoint holds the moved biases).
+        self.callbacks: list[Callback] = [
+            *extra,
+            Balance(),
+            Metrics(config.log.tensorboard),
+            self.progress,
+            Save(parts.checkpoints, parts.loader, self.progress),
+            Validation(parts.validation, self.progress),
+            LossCurve(),
+        ]
+        self.bad_steps = 0
+        self.memory = psutil.Process()
 
-def _steps(run: Run, loader: Loader, signals: Signals, callbacks: list[Callback], progress: Progress) -> int:
-    config, job = run.config, run.processes
-    nominal, measured = _peaks(run)
-    memory = psutil.Process()
-    bad_steps = 0
-    signals.armed = True
-    before = time.perf_counter()
-    while not run.last:
-        batches = loader.batches(run.step)
+    def begin(self) -> None:
+        self.nominal, self.measured = _peaks(self.run)
+        for callback in self.callbacks:
+            callback.on_start(self.run)
+        _announce(self.run, self.parts, self.progress)
+
+    def once(self) -> None:
+        """One step, its metrics, and everything that hangs on it."""
+        run, config = self.run, self.run.config
+        start = time.perf_counter()
+        batches = self.parts.loader.batches(run.step)
         lr = config.optimizer.lr * config.schedule.factor(run.step, config.train.steps)
-        result = train_step(run.engine, batches, lr, job, config.train.precision, signals.received is not None)
+        result = train_step(run.engine, batches, lr, run.processes, config.train.precision, self.flag())
         run.step += 1
-        run.tokens += config.train.batch * config.data.sequence_length
-        seconds, before = time.perf_counter() - before, time.perf_counter()
-        work = _flops(run.model, batches)
+        tokens = config.train.batch * config.data.sequence_length
+        run.tokens += tokens
+        seconds = time.perf_counter() - start
+        speed = _flops(run.model, batches) / seconds
         run.record = {
             "step": run.step,
             "tokens": run.tokens,
@@ -121,104 +95,53 @@ def _steps(run: Run, loader: Loader, signals: Signals, callbacks: list[Callback]
             "grad_norm": result.grad_norm,
             "lr": lr,
             "step_seconds": seconds,
-            "tokens_per_second": config.train.batch * config.data.sequence_length / seconds,
-            "mfu": None if nominal is None else work / seconds / nominal,
-            "mfu_measured": work / seconds / measured,
-            "memory_bytes": _memory(job, memory),
+            "tokens_per_second": tokens / seconds,
+            "mfu": None if self.nominal is None else speed / self.nominal,
+            "mfu_measured": speed / self.measured,
+            "memory_bytes": _memory(run.processes, self.memory),
         }
-        bad_steps = 0 if math.isfinite(result.grad_norm) else bad_steps + 1
-        if bad_steps:
-            progress.say(f"step {run.step}: gradient is not finite, update skipped ({bad_steps} in a row)")
-        if bad_steps >= config.train.bad_steps:
-            raise Exit(
-                f"{bad_steps} steps in a row had a non-finite gradient; the newest checkpoint is kept", NUMERICAL
-            )
+        self._count_bad_steps(result.grad_norm)
         if result.flagged:
             run.stop = "preempted"
-        for callback in callbacks:
+        for callback in self.callbacks:
             callback.on_step(run)
-    for callback in callbacks:
-        callback.on_end(run)
-    if run.stop == "preempted":
-        progress.say(
-            f"stopped by {signals.received or 'a signal on another rank'} after step {run.step}; run again to go on"
-        )
-        return PREEMPTED
-    progress.say(f"finished {run.step} steps; loss curve: {run.folder / 'loss.png'}")
-    return FINISHED
+
+    def _count_bad_steps(self, grad_norm: float) -> None:
+        self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
+        if self.bad_steps:
+            text = f"step {self.run.step}: the gradient is not finite, update skipped ({self.bad_steps} in a row)"
+            self.progress.say(text)
+        if self.bad_steps >= self.run.config.train.bad_steps:
+            text = f"{self.bad_steps} steps in a row had a gradient that is not finite; the newest checkpoint is kept"
+            raise Exit(text, NUMERICAL)
+
+    def end(self, received: str | None) -> int:
+        """The exit code, after the callbacks' last words."""
+        run = self.run
+        for callback in self.callbacks:
+            callback.on_end(run)
+        if run.stop == "preempted":
+            who = received or "a signal on another rank"
+            self.progress.say(f"stopped by {who} after step {run.step}; run again to go on")
+            return PREEMPTED
+        self.progress.say(f"finished {run.step} steps; loss curve: {run.folder / 'loss.png'}")
+        return FINISHED
+
+    def close(self) -> None:
+        self.parts.loader.close()
+        for callback in self.callbacks:
+            callback.close()
 
 
-def open_data(config: RunConfig) -> tuple[Corpus, Corpus]:
-    """(training corpus, validation corpus). Raises DataError for missing or damaged files."""
-    data = config.data
-    options: Any = {"vocabulary_size": config.model.vocabulary, "tokenizer": data.tokenizer}
-    corpus = Corpus.open(data.path, "train", **options)
-    if data.validation_path is None and corpus.manifest is None:
-        raise ConfigError(
-            f"data.path = {data.path} is a bare Megatron pair, which has no validation split; set data.validation_path"
-        )
-    if data.validation_path is not None:
-        return corpus, Corpus.open(data.validation_path, "validation", **options)
-    return corpus, Corpus.open(data.path, "validation")
-
-
-T = TypeVar("T")
-
-
-def _or_usage(build: Callable[[], T]) -> T:
-    """What a ValueError says while the job is being put together is something to correct in the configuration."""
-    try:
-        return build()
-    except ValueError as error:
-        if getattr(error, "exit_code", None) is not None:
-            raise
-        raise ConfigError(str(error)) from None
-
-
-def build_model(config: RunConfig) -> Decoder:
-    """The model of a run. Raises ConfigError for sizes that do not fit."""
-    return _or_usage(lambda: Decoder(config.model))
-
-
-def with_vocabulary(config: RunConfig, tokenizer: int | None) -> RunConfig:
-    """The config with model.vocabulary filled in: the tokenizer's size, rounded up to a multiple of 64 for the matrix units."""
-    vocabulary = config.model.vocabulary
-    if tokenizer is None:
-        if vocabulary is None:
-            raise ConfigError(
-                "model.vocabulary: not set, and the data has no tokenizer to take it from; set one of them"
-            )
-        return config
-    if vocabulary is None:
-        return config.model_copy(
-            update={"model": config.model.model_copy(update={"vocabulary": -(-tokenizer // 64) * 64})}
-        )
-    if vocabulary < tokenizer:
-        raise ConfigError(
-            f"model.vocabulary = {vocabulary}: the data's tokenizer has {tokenizer} tokens; "
-            "leave model.vocabulary out, or prepare the data with a smaller vocabulary"
-        )
-    return config
-
-
-def _write_config(config: RunConfig, corpus: Corpus) -> None:
-    config.run.mkdir(parents=True, exist_ok=True)
-    temporary = config.run / ".config.yaml.partial"
-    temporary.write_text(configuration.dump(config))
-    temporary.replace(config.run / "config.yaml")
-    if corpus.tokenizer_path is not None:  # so that the model can be used where the data is not
-        shutil.copyfile(corpus.tokenizer_path, config.run / "tokenizer.model")
-
-
-def _announce(run: Run, mesh: Mesh, resumed: bool, progress: Progress) -> None:
+def _announce(run: Run, parts: Assembled, progress: Progress) -> None:
     config, model = run.config, run.model
     total = sum(parameter.numel() for parameter in model.parameters())
     progress.say(
-        f"{config.run}: {human(total)} parameters, {human(model.active_parameters())} active; {mesh.picture()}; "
+        f"{config.run}: {human(total)} parameters, {human(model.active_parameters())} active; {parts.mesh.picture()}; "
         f"{config.engine.kind} engine, {config.train.precision}; "
         f"{human(config.train.batch * config.data.sequence_length)} tokens a step"
     )
-    progress.say(f"resumed after step {run.step}" if resumed else "starting from scratch")
+    progress.say(f"resumed after step {run.step}" if parts.resumed else "starting from scratch")
 
 
 def _peaks(run: Run) -> tuple[float | None, float]:
@@ -228,7 +151,7 @@ def _peaks(run: Run) -> tuple[float | None, float]:
     return (chip.peak(precision) if chip else None), hardware.measured_peak(device, precision)
 
 
-def _flops(model: Decoder, batches: Sequence) -> float:
+def _flops(model: Decoder, batches: Sequence[Batch]) -> float:
     """This rank's useful FLOPs of one step."""
     total = 0.0
     for batch in batches:

@@ -30,7 +30,7 @@ def draw(folder: Path) -> Path:
         [json.loads(line) for line in validation_file.read_text().splitlines()] if validation_file.exists() else []
     )
     tokens = [record["tokens"] for record in records]
-    loss = [record["loss"] for record in records]
+    loss = [float("nan") if record["loss"] is None else record["loss"] for record in records]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(tokens, smoothed(loss), color="tab:blue", linewidth=1.8, label="training loss (smoothed)")

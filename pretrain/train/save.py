@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.identity import check_same_model
 from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.data.loader import Loader
@@ -14,12 +15,14 @@ from pretrain.train.callback import Callback, Run
 from pretrain.train.progress import Progress
 
 FOLDER = "checkpoints"
+GIVE_UP = 3  # failed saves in a row after which the run ends
 
 
 class Save(Callback):
     def __init__(self, checkpoints: Checkpoints, loader: Loader, progress: Progress):
         self.checkpoints, self.loader, self.progress = checkpoints, loader, progress
         self.saved = -1
+        self.failures = 0
 
     def on_start(self, run: Run) -> None:
         self.saved = run.step
@@ -32,13 +35,20 @@ class Save(Callback):
         if self.saved == run.step:
             return
         start = time.perf_counter()
-        path = self.checkpoints.save(
-            run.step,
-            run.engine.state_tensors(),
-            meta=content(run, self.loader),
-            per_rank=random_state(run.processes.device),
-        )
-        self.saved, run.save = run.step, False
+        try:
+            path = self.checkpoints.save(
+                run.step,
+                run.engine.state_tensors(),
+                meta=content(run, self.loader),
+                per_rank=random_state(run.processes.device),
+            )
+        except CheckpointError as error:  # the same error on every rank
+            self.failures += 1
+            if run.last or self.failures == GIVE_UP:
+                raise
+            self.progress.say(f"step {run.step}: NOT SAVED ({error}); training goes on, the next save is tried")
+            return
+        self.failures, self.saved, run.save = 0, run.step, False
         self.progress.say(f"step {run.step}: saved {path} in {time.perf_counter() - start:.1f} s")
 
 

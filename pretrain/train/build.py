@@ -1,0 +1,134 @@
+"""Putting a training job together: data, model, engine, and the newest checkpoint's content in them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from parallel import engines
+from parallel.mesh import Mesh
+from parallel.processes import Processes
+from pretrain import config as configuration
+from pretrain.checkpoint.agreement import Agreement
+from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.config import ConfigError, RunConfig
+from pretrain.data.loader import Loader
+from pretrain.data.store import Corpus
+from pretrain.model.decoder import Decoder
+from pretrain.train.callback import Run
+from pretrain.train.save import FOLDER, restore
+
+
+@dataclass
+class Assembled:
+    """A job ready to step. resumed: whether a checkpoint was loaded."""
+
+    run: Run
+    mesh: Mesh
+    loader: Loader
+    checkpoints: Checkpoints
+    validation: Corpus
+    resumed: bool
+
+
+def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembled:
+    """Builds everything and goes to the newest good checkpoint, if there is one. Collective.
+
+    Raises ConfigError for what the configuration gets wrong, DataError for missing or damaged data, NoLoadableCheckpoint.
+    """
+    mesh = _or_usage(lambda: Mesh(config.mesh, job))
+    corpus, validation = open_data(config)
+    config = with_vocabulary(config, corpus.vocabulary_size)
+    loader = _or_usage(
+        lambda: Loader(
+            corpus,
+            sequence_length=config.data.sequence_length,
+            global_batch=config.train.batch,
+            micro_batch=config.train.micro_batch,
+            seed=config.data.seed,
+            rank=mesh.dp_rank,
+            ranks=mesh.dp_size,
+            prefetch=config.data.prefetch,
+        )
+    )
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    model = build_model(config).to(job.device)
+    engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
+    run = Run(config, job, engine, model)
+    checkpoints = Checkpoints(
+        config.run / FOLDER,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every or 0,
+        agreement=agreement,
+    )
+    checkpoints.sweep()
+    resumed = _or_usage(lambda: restore(run, checkpoints, loader))
+    if job.first:
+        _write_config(config, corpus)
+    return Assembled(run, mesh, loader, checkpoints, validation, resumed)
+
+
+def open_data(config: RunConfig) -> tuple[Corpus, Corpus]:
+    """(training corpus, validation corpus). Raises DataError for missing or damaged files."""
+    data = config.data
+    options: Any = {"vocabulary_size": config.model.vocabulary, "tokenizer": data.tokenizer}
+    corpus = Corpus.open(data.path, "train", **options)
+    if data.validation_path is None and corpus.manifest is None:
+        raise ConfigError(
+            f"data.path = {data.path} is a bare Megatron pair, which has no validation split; set data.validation_path"
+        )
+    if data.validation_path is not None:
+        return corpus, Corpus.open(data.validation_path, "validation", **options)
+    return corpus, Corpus.open(data.path, "validation")
+
+
+T = TypeVar("T")
+
+
+def _or_usage(build: Callable[[], T]) -> T:
+    """What a ValueError says while the job is being put together is something to correct in the configuration."""
+    try:
+        return build()
+    except ValueError as error:
+        if getattr(error, "exit_code", None) is not None:
+            raise
+        raise ConfigError(str(error)) from None
+
+
+def build_model(config: RunConfig) -> Decoder:
+    """The model of a run. Raises ConfigError for sizes that do not fit."""
+    return _or_usage(lambda: Decoder(config.model))
+
+
+def with_vocabulary(config: RunConfig, tokenizer: int | None) -> RunConfig:
+    """The config with model.vocabulary filled in: the tokenizer's size, rounded up to a multiple of 64 for the matrix units."""
+    vocabulary = config.model.vocabulary
+    if tokenizer is None:
+        if vocabulary is None:
+            raise ConfigError(
+                "model.vocabulary: not set, and the data has no tokenizer to take it from; set one of them"
+            )
+        return config
+    if vocabulary is None:
+        return config.model_copy(
+            update={"model": config.model.model_copy(update={"vocabulary": -(-tokenizer // 64) * 64})}
+        )
+    if vocabulary < tokenizer:
+        raise ConfigError(
+            f"model.vocabulary = {vocabulary}: the data's tokenizer has {tokenizer} tokens; "
+            "leave model.vocabulary out, or prepare the data with a smaller vocabulary"
+        )
+    return config
+
+
+def _write_config(config: RunConfig, corpus: Corpus) -> None:
+    config.run.mkdir(parents=True, exist_ok=True)
+    temporary = config.run / ".config.yaml.partial"
+    temporary.write_text(configuration.dump(config))
+    temporary.replace(config.run / "config.yaml")
+    if corpus.tokenizer_path is not None:  # so that the model can be used where the data is not
+        shutil.copyfile(corpus.tokenizer_path, config.run / "tokenizer.model")
