@@ -97,6 +97,14 @@ def test_all_tokens_ignored(form, reduction, monkeypatch):
         assert torch.equal(x, torch.zeros_like(x))
 
 
+def test_mean_is_over_the_tokens_kept():
+    (x, weight), targets = operands(bias=False)
+    for kept in (1, 2, 8):
+        some = torch.cat([targets[targets != IGNORED][:kept], torch.full((11 - kept,), IGNORED)])
+        mean, total = (linear_cross_entropy(x, weight, some, reduction=r) for r in ("mean", "sum"))
+        torch.testing.assert_close(mean * kept, total, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_tokens(reduction):
     loss, dx, *others = run(*operands(N=0), reduction=reduction)
