@@ -207,8 +207,8 @@ def prepare(options: PrepareOptions, report: Report | None = None) -> manifests.
         parent = next(p for p in options.output.absolute().parents if p.exists())
         need = sum(item[2] for item in files)
         raise PrepareFailure(
-            f"no space for {options.output} ({error.strerror}): up to {need / 1e6:.0f} MB are needed, "
-            f"{shutil.disk_usage(parent).free / 1e6:.0f} MB are free (a quota may allow less); "
+            f"no space for {options.output} ({error.strerror}): up to {need / 1e6:.1f} MB are needed, "
+            f"{shutil.disk_usage(parent).free / 1e6:.1f} MB are free (a quota may allow less); "
             f"nothing was left behind. Free some space, name another `--output`, or pass `--limit-bytes`"
         ) from None
 

@@ -23,6 +23,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some forty files, about half a megabyte."""
     folder = tmp_path_factory.mktemp("text")
     for package in (json, email, http, logging):
+        assert package.__file__ is not None
         source = Path(package.__file__).parent
         for path in sorted(source.glob("*.py")):
             shutil.copyfile(path, folder / f"{source.name}_{path.name}")

@@ -18,6 +18,8 @@ import pyarrow.parquet
 import pytest
 
 from pretrain.data.__main__ import main
+from pretrain.data.encode import encode_all
+from pretrain.data.errors import PrepareFailure
 from pretrain.data.manifest import read
 from tests.pretrain.data.test_store import patch, truncate, write_megatron
 
@@ -159,6 +161,16 @@ def test_interrupted(prepared: Path, tmp_path: Path, wait_for: str, signum: int)
     assert error.strip().splitlines()[-1].startswith("interrupted; nothing half-written was left behind")
     assert "Traceback" not in error
     assert left(tmp_path / "out") == []
+
+
+def test_a_killed_worker(prepared: Path) -> None:
+    me = psutil.Process()
+    before = set(me.children())
+    results = encode_all((["x = 1\n" * 1000] for _ in range(10_000)), prepared / "tokenizer.model", 2)
+    next(results)
+    next(child for child in me.children() if child not in before and "spawn_main" in str(child.cmdline())).kill()
+    with pytest.raises(PrepareFailure, match="a worker process was killed, most likely for want of memory; pass fewer"):
+        list(results)
 
 
 def test_killed_outright(prepared: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ def corpus(prepared: Path) -> Corpus:
     return Corpus.open(prepared)
 
 
-def loader(corpus: Corpus, **changes: int) -> Loader:
-    given = {"sequence_length": T, "global_batch": 16, "micro_batch": 2, "seed": 5, **changes}
+def loader(corpus: Corpus, **changes: Any) -> Loader:
+    given: dict[str, Any] = {"sequence_length": T, "global_batch": 16, "micro_batch": 2, "seed": 5, **changes}
     return Loader(corpus, **given)
 
 
@@ -112,17 +113,20 @@ def test_resume_goes_on_with_the_same_batches(corpus: Corpus, prefetch: bool) ->
     whole.close()
 
 
-def test_resume_with_another_global_batch_repeats_and_skips_nothing(corpus: Corpus) -> None:
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_resume_with_another_global_batch_repeats_and_skips_nothing(corpus: Corpus, prefetch: bool) -> None:
     first = loader(corpus)
     for step in range(3):
         first.batches(step)
-    second = loader(corpus, global_batch=8)
+    second = loader(corpus, global_batch=8, prefetch=prefetch)
+    second.batches(2)  # prefetches step 3, but from where step 3 was before the state came
     second.load_state_dict(first.state_dict())
     assert second.first_sequence(3) == 48
     assert torch.equal(rows(second.batches(3) + second.batches(4)), rows(first.batches(3)))
     assert second.state_dict()["sequences"] == 64
     with pytest.raises(ValueError, match="step -1"):
         second.batches(-1)
+    second.close()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +197,8 @@ def test_prefetch_reads_ahead_on_one_thread_and_ends(corpus: Corpus) -> None:
 def test_config(tmp_path: Path) -> None:
     config = DataConfig(path=tmp_path, sequence_length=128)
     assert (config.seed, config.prefetch, config.validation_path, config.tokenizer) == (0, True, None, None)
-    for bad in ({"sequence_length": 0}, {"sequence_length": 8, "sequence_lenght": 1}):
+    cases: list[dict[str, Any]] = [{"sequence_length": 0}, {"sequence_length": 8, "sequence_lenght": 1}]
+    for bad in cases:
         with pytest.raises(ValueError, match="sequence_len"):
             DataConfig(path=tmp_path, **bad)
     assert DataConfig.model_fields["sequence_length"].description

@@ -67,6 +67,11 @@ def test_epochs_and_seeds_differ_and_position_needs_no_history() -> None:
     sequences = [read(walked, i) for i in range(5 * walked.windows_per_epoch)]
     epochs = [sequences[i * 19 : (i + 1) * 19] for i in range(5)]
     assert len({str(epoch) for epoch in epochs}) == 5
+    # Documents and windows are both shuffled anew: where a document's first token stands in its window moves with the
+    # documents' order, which window comes first with the windows'.
+    shuffles = [walked._epoch(epoch) for epoch in range(5)]
+    assert len({tuple(documents) for documents, _, _ in shuffles}) == 5
+    assert len({tuple(windows) for _, _, windows in shuffles}) == 5
     assert read(Order(LENGTHS, 4, seed=2), 0) != sequences[0] or read(Order(LENGTHS, 4, seed=2), 1) != sequences[1]
     for i in (94, 0, 40, 3, 93):
         assert read(Order(LENGTHS, 4, seed=1), i) == sequences[i]

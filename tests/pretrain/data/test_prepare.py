@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import xxhash
 
-from pretrain.data import Corpus, Tokenizer
+from pretrain.data import Corpus, Tokenizer, sources
 from pretrain.data.encode import encode_batch
 from pretrain.data.manifest import Manifest, read
 from pretrain.data.megatron import indexed_dataset
@@ -150,6 +151,21 @@ def test_bad_files_and_rows_can_be_skipped(tmp_path: Path, run: Any) -> None:
     folder = run(f"{tmp_path}/*.*", validation=0.0, on_bad="skip")
     assert everything(folder) == [b"good\n", b"r1", b"r2"]
     assert read(folder).dropped == {"duplicate": 0, "empty": 1, "unreadable": 7}
+
+
+def test_rows_read_before_a_bad_one_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # datasets reads 10 MB at a time, so this takes a file larger than that, or a reader that stops in the middle.
+    def stops(path: Path, form: str, cache: str | None) -> Iterator[dict[str, str]]:
+        yield {"text": "r0"}
+        yield {"text": "r1"}
+        raise ValueError("bad block")
+
+    monkeypatch.setattr(sources, "_stream", stops)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(['{"text": "r0"}', "", '{"text": "r1"}', "{", '{"text": "r2"}']))
+    reading = Reading(skip_bad=True)
+    assert list(sources.documents(path, "jsonl", reading)) == ["r0", "r1", "r2"]
+    assert reading.undecodable == 1
 
 
 def test_documents_can_be_cut_at_line_breaks(tmp_path: Path, run: Any) -> None:

@@ -70,6 +70,7 @@ def test_a_bare_pair_takes_a_tokenizer(prepared: Path) -> None:
     assert corpus.vocabulary_size == 512
     assert corpus.token_bytes is not None
     whole = Corpus.open(prepared, "validation")
+    assert whole.token_bytes is not None
     assert torch.equal(corpus.token_bytes, whole.token_bytes)
     assert corpus.fingerprint != whole.fingerprint  # one is the manifest's hash, the other is taken from the files
 

@@ -65,6 +65,14 @@ def test_a_short_last_window_by_hand(tmp_path: Path) -> None:
     assert batch.bytes_scored(torch.arange(30)) == 11 + 12 + 21 + 22 + 23
 
 
+def test_a_short_last_window_that_ends_at_a_border_by_hand(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "pair", [[[10, 11, 12]], [[20]]])
+    (batch,) = ValidationSet(Corpus.open(tmp_path / "pair"), 5, 1)
+    assert batch.tokens.tolist() == [[10, 11, 12, 0, 0]]
+    assert batch.targets.tolist() == [[11, 12, -100, -100, -100]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+
+
 def test_an_empty_window_by_hand(tmp_path: Path) -> None:
     write_megatron(tmp_path / "pair", [[[10, 11, 12]]])
     batches = [next(iter(ValidationSet(Corpus.open(tmp_path / "pair"), 2, 1, rank, 2))) for rank in range(2)]
