@@ -108,11 +108,9 @@ def run(command: list[str]) -> None:
 
 
 def sources() -> list[str]:
-    """--input arguments for the standard library's own modules."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    folders = [path for path in sorted(library.iterdir()) if path.is_dir() and path.name not in LEFT_OUT]
-    globs = [f"{library}/*.py", *(f"{folder}/**/*.py" for folder in folders if any(folder.rglob("*.py")))]
-    return [part for pattern in globs for part in ("--input", pattern)]
+    """Arguments of prepare for the standard library's own modules."""
+    library = sysconfig.get_paths()["stdlib"]
+    return ["--input", f"{library}/**/*.py", *(part for name in LEFT_OUT for part in ("--exclude", f"*/{name}/*"))]
 
 
 def kill_after_first_checkpoint(command: list[str], checkpoints: Path) -> None:

@@ -35,7 +35,7 @@ class TrainConfig(Strict):
     """Arithmetic of the matrix products. Parameters and optimizer state are fp32 either way."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
-    """Seed of the initial weights and of the data order."""
+    """Seed of the initial weights; data.seed fixes the order of the data."""
     bad_steps: int = Field(10, ge=1)
     """Steps in a row with a non-finite loss or gradient, all of them skipped, after which the run ends with exit code 79."""
 

@@ -22,7 +22,5 @@ class DataConfig(Strict):
     """Read the next step's batches on a thread while this one trains."""
     validation_path: Path | None = None
     """Prefix of a Megatron pair to validate on; None takes the validation split of `path`."""
-    validation_limit: int | None = Field(default=None, gt=0)
-    """Validation windows to score each time, spread evenly over the split; None scores all of them."""
     tokenizer: Path | None = None
     """SentencePiece .model for a bare Megatron pair, which has none beside it; a prepared folder brings its own."""

@@ -55,6 +55,17 @@ def test_fast_form_is_the_definition(dtype, tolerance, k, activation, monkeypatc
     assert_same(ours, run_as("reference", monkeypatch, tensors, indices, activation=activation), tolerance)
 
 
+@pytest.mark.parametrize("align", [3, 8])
+def test_rounding_up_each_share_changes_nothing(align, monkeypatch):
+    """Filling rows have weight zero: they add nothing to y or to any gradient."""
+    from kernels.experts import chunked
+
+    tensors, indices = operands(N=13, k=2)
+    expected = run_as("reference", monkeypatch, tensors, indices, activation="silu")
+    monkeypatch.setattr(chunked, "alignment", lambda x: align)
+    assert_same(run_as("chunked", monkeypatch, tensors, indices, activation="silu"), expected, 1e-10)
+
+
 ROUTINGS = {
     "all to the last": lambda shape: torch.full(shape, 4),
     "all to the first": lambda shape: torch.zeros(shape, dtype=torch.int64),
