@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from kernels.gated_linear_attention.plan import Plan, make_plan
 
 CHUNK_SIZE = 64
-BLOCK_BYTES = 4 << 20  # of one [T, channels, N] tensor; a handful of them are alive at a time
+BLOCK_BYTES = 8 << 20  # of one [T, channels, N] tensor; a handful of them are alive at a time
 
 
 @dataclass(frozen=True)
