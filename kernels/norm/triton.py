@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.architecture import architecture, facts
+from kernels.architecture import architecture, facts, vendor
 from kernels.norm.triton_kernels import backward_kernel, forward_kernel
 from kernels.tuning import parameters
 
@@ -126,9 +126,13 @@ class _Norm(torch.autograd.Function):
 def _tile(kernel: str, x: Tensor, gate_mode: int) -> tuple[dict[str, int], dict[str, int]]:
     """(launch options, tile shape). More warps where one row alone exceeds the tile."""
     D = x.shape[1]
-    use = parameters(kernel, architecture(x.device), defaults=DEFAULTS, D=D, gate=gate_mode)
+    arch = architecture(x.device)
+    use = parameters(kernel, arch, defaults=DEFAULTS, D=D, gate=gate_mode)
     elements = use.pop("ELEMENTS")
+    if gate_mode and kernel == "norm_backward":  # twice the operands of the plain norm
+        elements //= 2
     block_d = triton.next_power_of_2(D)
     if block_d > elements:
-        use["num_warps"] = max(use["num_warps"], 8)
+        widest = 16 if vendor(arch) == "nvidia" else 8
+        use["num_warps"] = min(widest, max(use["num_warps"], use["num_warps"] * block_d // elements))
     return use, {"BLOCK_D": block_d, "ROWS": max(1, elements // block_d)}

@@ -11,37 +11,40 @@ from torch import Tensor
 from kernels.architecture import architecture
 from kernels.packing import check_cu_seqlens
 from kernels.short_conv.triton_kernels import (
-    backward_kernel,
     final_state_kernel,
     forward_kernel,
     initial_state_gradient_kernel,
+    input_gradient_kernel,
+    weight_gradient_kernel,
 )
 from kernels.tuning import parameters
 
 DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
-    "short_conv_forward": {"generic": {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 1}},
-    "short_conv_backward": {"generic": {"BLOCK_T": 32, "BLOCK_D": 128, "TILES": 4, "num_warps": 4, "num_stages": 1}},
-    "short_conv_state": {"generic": {"BLOCK_D": 128, "num_warps": 1, "num_stages": 1}},
+    "short_conv_forward": {"generic": {"BLOCK_T": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 1}},
+    "short_conv_weight_gradient": {
+        "generic": {"BLOCK_T": 16, "BLOCK_D": 128, "TILES": 8, "num_warps": 4, "num_stages": 1}
+    },
+    "short_conv_input_gradient": {"generic": {"BLOCK_T": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 1}},
+    "short_conv_state": {"generic": {"BLOCK_D": 128, "num_warps": 4, "num_stages": 1}},
 }
+_TILES = [
+    {"BLOCK_T": rows, "BLOCK_D": columns, "num_warps": warps}
+    for rows in (8, 16, 32, 64)
+    for columns in (64, 128, 256)
+    for warps in (2, 4, 8)
+    if 256 <= rows * columns // warps <= 1024
+]
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "short_conv_forward": [
-        {"BLOCK_T": rows, "BLOCK_D": columns, "num_warps": warps}
-        for rows in (16, 32, 64)
-        for columns in (64, 128, 256)
-        for warps in (2, 4, 8)
-        if 512 <= rows * columns // warps <= 2048
+    "short_conv_forward": _TILES,
+    "short_conv_weight_gradient": [
+        {**tile, "TILES": tiles}
+        for tile in _TILES
+        for tiles in (4, 8, 16)
+        if tile["BLOCK_T"] * tile["BLOCK_D"] <= 512 * tile["num_warps"]
     ],
-    "short_conv_backward": [
-        {"BLOCK_T": rows, "BLOCK_D": columns, "TILES": tiles, "num_warps": warps}
-        for rows in (16, 32, 64)
-        for columns in (64, 128, 256)
-        for tiles in (2, 4, 8)
-        for warps in (4, 8)
-        if 512 <= rows * columns // warps <= 1024
-    ],
-    "short_conv_state": [{"BLOCK_D": 128, "num_warps": 1}],
+    "short_conv_input_gradient": _TILES,
 }
-WIDEST = 8  # taps; the backward's code grows with the square of the width
+WIDEST = 8  # taps
 
 
 def short_convolution_triton(
@@ -136,21 +139,26 @@ class _ShortConvolution(torch.autograd.Function):
         N = B if cu_seqlens is None else cu_seqlens.numel() - 1
         dy = torch.zeros(B, T, D, dtype=x.dtype, device=x.device) if dy is None else dy.contiguous()
         dfinal = None if dfinal is None or W == 1 else dfinal.contiguous()
-        flags = {
-            "HAS_BIAS": bias is not None,
-            "HAS_DFINAL": dfinal is not None,
-            "PACKED": cu_seqlens is not None,
-            "SILU": ctx.silu,
-        }
+        packed = cu_seqlens is not None
         arch = architecture(x.device)
+        dz = torch.empty_like(dy) if ctx.silu else dy
         dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
-        use = parameters("short_conv_backward", arch, defaults=DEFAULTS, D=D, W=W, T=T)
+        use = parameters("short_conv_weight_gradient", arch, defaults=DEFAULTS, D=D, W=W, T=T)
+        if W > 4:  # the W shifted tiles are alive at once
+            use["BLOCK_T"] //= 2
         spans = B * triton.cdiv(T, use["BLOCK_T"] * use["TILES"])
         partials = torch.empty(spans, W + 1, D, dtype=torch.float32, device=x.device)
         if dx.numel():
-            backward_kernel[(spans * triton.cdiv(D, use["BLOCK_D"]),)](
-                x, weight, bias, initial_state, dy, dfinal, dx, partials, cu_seqlens, sequence_of, T,
-                x.stride(0), x.stride(1), W, D, HAS_INITIAL=initial_state is not None, **flags, **use,
+            weight_gradient_kernel[(spans * triton.cdiv(D, use["BLOCK_D"]),)](
+                x, weight, bias, initial_state, dy, dz, partials, cu_seqlens, sequence_of, T, x.stride(0), x.stride(1),
+                W, D, HAS_BIAS=bias is not None, HAS_INITIAL=initial_state is not None, PACKED=packed, SILU=ctx.silu,
+                **use,
+            )  # fmt: skip
+            use = parameters("short_conv_input_gradient", arch, defaults=DEFAULTS, D=D, W=W, T=T)
+            grid = (B * triton.cdiv(T, use["BLOCK_T"]) * triton.cdiv(D, use["BLOCK_D"]),)
+            input_gradient_kernel[grid](
+                weight, dz, dfinal, dx, cu_seqlens, sequence_of, T, W, D,
+                HAS_DFINAL=dfinal is not None, PACKED=packed, **use,
             )  # fmt: skip
         sums = partials.sum(0)
         dweight = sums[:W].t().to(weight.dtype)
@@ -161,20 +169,7 @@ class _ShortConvolution(torch.autograd.Function):
             if dinitial.numel():
                 use = parameters("short_conv_state", arch, defaults=DEFAULTS, D=D, W=W)
                 initial_state_gradient_kernel[(N * triton.cdiv(D, use["BLOCK_D"]),)](
-                    x,
-                    weight,
-                    bias,
-                    initial_state,
-                    dy,
-                    dfinal,
-                    dinitial,
-                    cu_seqlens,
-                    T,
-                    x.stride(0),
-                    x.stride(1),
-                    W,
-                    D,
-                    **flags,
+                    weight, dz, dfinal, dinitial, cu_seqlens, T, W, D, HAS_DFINAL=dfinal is not None, PACKED=packed,
                     **use,
-                )
+                )  # fmt: skip
         return dx, dweight, dbias, dinitial, None, None, None
