@@ -46,7 +46,7 @@ class Peer:
     devices: tuple[str, ...]
     load: Callable[[], Call]
     loop: bool = False
-    usual: bool = True  # False: only where its family is asked for by name
+    usual: tuple[str, ...] = ("cpu", "cuda")  # elsewhere it takes part only where its family is asked for by name
     same: bool = True  # False for a yardstick that computes something else
 
 
@@ -96,7 +96,9 @@ def peers(workload: Workload, shape: Shape, device: torch.device, families: tupl
     """The peers of a workload. families: those asked for by name; None for all usual ones."""
     found = []
     for peer in PEERS.get(workload.name, ()):
-        if device.type not in peer.devices or (peer.family not in families if families else not peer.usual):
+        if device.type not in peer.devices or (
+            peer.family not in families if families else device.type not in peer.usual
+        ):
             continue
         name = f"{peer.family} {peer.name}"
         if peer.loop and shape.T > LONGEST_LOOP:
@@ -131,8 +133,12 @@ def _fla(path: str, adapt: Callable[[Callable, Inputs], Tensor], *, loop: bool =
 
 
 def _transformers(path: str, adapt: Callable[[Callable, Inputs], Tensor]) -> Peer:
-    """transformers' plain-torch forms: what its models run where no kernels are installed."""
-    return Peer("transformers", path.split(".")[-1], ("cpu", "cuda"), _peer(f"transformers.models.{path}", adapt))
+    """transformers' plain-torch forms: what its models run where no kernels are installed.
+
+    Not usual on GPUs: at the shapes timed there they hold tens of gigabytes.
+    """
+    load = _peer(f"transformers.models.{path}", adapt)
+    return Peer("transformers", path.split(".")[-1], ("cpu", "cuda"), load, usual=("cpu",))
 
 
 def _qkvg(function: Callable, i: Inputs) -> Tensor:
@@ -181,10 +187,6 @@ def _torch(name: str, call: Call) -> Peer:
     return Peer("torch", name, ("cpu", "cuda"), lambda: call)
 
 
-def _yardstick(device: str, usual: bool) -> Peer:
-    return Peer("torch", "softmax attention", (device,), lambda: _softmax, usual=usual, same=False)
-
-
 def _softmax(i: Inputs) -> Tensor:
     """Causal softmax attention of the same shape: another operator, the yardstick that published tables use."""
     q, k, v = (i[name].transpose(1, 2) for name in ("q", "k", "v"))
@@ -209,24 +211,24 @@ def _fla_convolution(function: Callable, i: Inputs) -> Tensor:
     return function(i["x"], i["weight"], activation="silu")[0]
 
 
-# On a CPU softmax attention takes part only where "torch" is asked for: at T = 8192 it is minutes.
-_YARDSTICK = (_yardstick("cuda", usual=True), _yardstick("cpu", usual=False))
+# On a CPU softmax attention takes minutes at T = 8192.
+_YARDSTICK = Peer("torch", "softmax attention", ("cpu", "cuda"), lambda: _softmax, usual=("cuda",), same=False)
 
 PEERS: dict[str, tuple[Peer, ...]] = {
     "linear_attention": (
         _fla("fla.ops.linear_attn.chunk_linear_attn", _qkv_unnormalized),
         _fla("fla.ops.linear_attn.naive.naive_chunk_linear_attn", _chunk_linear),
-        *_YARDSTICK,
+        _YARDSTICK,
     ),
     "simple_gla": (
         _fla("fla.ops.simple_gla.chunk_simple_gla", _qkvg),
         _fla("fla.ops.simple_gla.naive.naive_chunk_simple_gla", _qkvg),
-        *_YARDSTICK,
+        _YARDSTICK,
     ),
     "gla": (
         _fla("fla.ops.gla.chunk_gla", _qkvg),
         _fla("fla.ops.gla.naive.naive_recurrent_gla", _gla_loop, loop=True),
-        *_YARDSTICK,
+        _YARDSTICK,
     ),
     "mamba2": (
         _fla("fla.ops.simple_gla.chunk_simple_gla", _simple_gla_ssd),
@@ -235,19 +237,19 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "delta_net": (
         _fla("fla.ops.delta_rule.chunk_delta_rule", _delta_ungated),
         _fla("fla.ops.delta_rule.naive.delta_rule_chunkwise", _heads_first),
-        *_YARDSTICK,
+        _YARDSTICK,
     ),
     "gated_delta_net": (
         _fla("fla.ops.gated_delta_rule.chunk_gated_delta_rule", _delta),
         _fla("fla.ops.gated_delta_rule.naive.naive_chunk_gated_delta_rule", _delta),
         _transformers("qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule", _delta),
-        *_YARDSTICK,
+        _YARDSTICK,
     ),
     "kda": (
         _fla("fla.ops.kda.chunk_kda", _delta),
         _fla("fla.ops.kda.naive.naive_chunk_kda", _delta),
         _transformers("kimi_linear.modeling_kimi_linear.chunk_kimi_delta_attention", _delta),
-        *_YARDSTICK,
+        _YARDSTICK,
     ),
     "short_convolution": (
         _torch("conv1d + silu", _conv1d),

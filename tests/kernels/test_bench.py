@@ -150,7 +150,7 @@ def test_peers_take_part_where_they_can_and_say_why_not(monkeypatch):
         contenders.Peer("fla", "absent", ("cpu",), absent),
         contenders.Peer("fla", "broken", ("cpu",), lambda: broken),
         contenders.Peer("fla", "elsewhere", ("cuda",), lambda: good),
-        contenders.Peer("torch", "unusual", ("cpu",), lambda: good, usual=False),
+        contenders.Peer("torch", "unusual", ("cpu",), lambda: good, usual=()),
     )
     monkeypatch.setitem(contenders.PEERS, "rms_norm", peers)
     found = _measure(WORKLOADS["rms_norm"], families=None)
