@@ -18,10 +18,11 @@ backward pass: e, the scores, the inverses, and the states at the starts of slab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.delta_rule.decays import Decays, chunk_decays
 from kernels.delta_rule.layout import ChunkLayout, Slab, chunk_layout
@@ -58,7 +59,7 @@ def delta_rule_chunked(
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -80,12 +81,15 @@ class _DeltaRule(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         # Here, not above: the backward module builds on this one.
         from kernels.delta_rule.chunked_backward import backward_slabs
 
+        q, k, beta, g, e, score, inverse, states = ctx.saved_tensors
         with torch.autocast(do.device.type, enabled=False):
-            *grads, dinitial = backward_slabs(*ctx.saved_tensors, do, dstate, ctx.scale, ctx.normalize_qk, ctx.layout)
+            *grads, dinitial = backward_slabs(
+                q, k, beta, g, e, score, inverse, states, do, dstate, ctx.scale, ctx.normalize_qk, ctx.layout
+            )
         return *grads, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None, None
 
 

@@ -36,7 +36,7 @@ def backward_slabs(
     scale: float,
     normalize_qk: bool,
     layout: ChunkLayout,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of q, k, v, beta, g and, in the accumulation dtype, of the initial state."""
     H, HV, K, V = q.shape[2], do.shape[2], q.shape[3], do.shape[3]
     C = layout.C

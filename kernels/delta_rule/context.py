@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.delta_rule.chunked import delta_rule_chunked
+from kernels.delta_rule import delta_rule
 
 
 def summarize(
@@ -31,20 +31,20 @@ def summarize(
     B, _, _, K = k.shape
     HV, V = v.shape[2:]
     # The columns of the state do not mix: with v = 0 and the identity as initial state the operator carries M itself.
-    # Both run in one call, side by side along V. The queries are idle.
-    accumulate = torch.float64 if k.dtype == torch.float64 else torch.float32
-    values = torch.cat([v, v.new_zeros(1).expand(*v.shape[:3], K)], -1)
-    start = torch.cat([torch.zeros(K, V, dtype=accumulate), torch.eye(K, dtype=accumulate)], -1).to(k.device)
-    _, state = delta_rule_chunked(
+    # Both run in one call, side by side along V; the queries are idle. All in fp32 (fp64 for fp64 inputs): the
+    # transitions of many ranks are multiplied with each other.
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    k = k.to(wide)
+    start = torch.cat([torch.zeros(K, V, dtype=wide), torch.eye(K, dtype=wide)], -1).to(k.device)
+    _, state = delta_rule(
         torch.zeros_like(k),
         k,
-        values,
+        torch.nn.functional.pad(v.to(wide), (0, K)),
         beta,
         g,
         scale=1.0,
         initial_state=start.expand(B, HV, K, V + K),
         output_final_state=True,
-        cu_seqlens=None,
         normalize_qk=normalize_qk,
     )
     assert state is not None
