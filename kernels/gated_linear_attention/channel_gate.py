@@ -66,21 +66,33 @@ class ChannelDecay:
             _diagonal(out, 2 * b)[..., b:, :b] = right @ left.transpose(-1, -2)
         return out.mul_(self.scale).to(q.dtype)
 
-    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_backward(self, scores: Tensor, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = self.rows.dtype
         dscores = dscores.to(wide)
         lq, lk = _cut(q.to(wide), self.leaf, self.leaf_rows), _cut(k.to(wide), self.leaf, self.leaf_columns)
-        d = _diagonal(dscores, self.leaf).tril()
+        d = _diagonal(dscores, self.leaf)
         dq, dk = d @ lk, d.transpose(-1, -2) @ lq
+        dg = _later(lq * dq - lk * dk, 2).reshape(q.shape)
         if self.leaf_rows is not None and self.leaf_columns is not None:
             dq, dk = dq * self.leaf_rows, dk * self.leaf_columns
         dq, dk = dq.reshape(q.shape), dk.reshape(k.shape)
         for b, rows, columns in self.blocks:
             right, left = _halves(q, b)[1] * rows, _halves(k, b)[0] * columns
             d = _diagonal(dscores, 2 * b)[..., b:, :b].contiguous()
-            _halves(dq, b)[1].addcmul_(d @ left, rows)
-            _halves(dk, b)[0].addcmul_(d.transpose(-1, -2) @ right, columns)
-        return dq.mul_(self.scale), dk.mul_(self.scale)
+            dright, dleft = d @ left, d.transpose(-1, -2) @ right
+            # All that passes between the halves crosses their border: what is read from t on, what was written before t.
+            _halves(dg, b)[1].add_(_later(right * dright, 2))
+            _halves(dg, b)[0][:, :, 1:].add_((left * dleft)[:, :, :-1].cumsum(2))
+            _halves(dq, b)[1].addcmul_(dright, rows)
+            _halves(dk, b)[0].addcmul_(dleft, columns)
+        return dq.mul_(self.scale), dk.mul_(self.scale), dg.mul_(self.scale)
+
+    def gradient_inside(
+        self, scores: Tensor, dscores: Tensor, query: Tensor, dquery: Tensor, key: Tensor, dkey: Tensor
+    ) -> Tensor:
+        wide = self.rows.dtype
+        difference = query.to(wide) * dquery.to(wide)
+        return _later(difference.addcmul_(key.to(wide), dkey.to(wide), value=-1.0), 1)
 
     @property
     def own_score(self) -> float:
@@ -91,10 +103,18 @@ class ChannelDecay:
         return self.scale
 
     def per_gate(self, product: Tensor) -> Tensor:
-        return product
+        return product.to(self.rows.dtype)
 
-    def boundary(self, product: Tensor) -> Tensor:
-        return product.sum((3, 4))
+    def past(self, product: Tensor) -> Tensor:
+        sums = product.sum((3, 4), dtype=self.rows.dtype)  # [m, H, K]; half² is the total
+        if self.half is None:
+            sums *= self.total[..., 0, 0]
+        return sums.flatten(0, 1)
+
+
+def _later(x: Tensor, dim: int) -> Tensor:
+    """The sum of x from each place of `dim` on."""
+    return x.flip(dim).cumsum(dim).flip(dim)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from kernels.gated_linear_attention.operands import Operands
 from kernels.gated_linear_attention.plan import make_plan
 
 CHUNK_SIZE = 64
-SEGMENT_BYTES = 4 << 20  # of one segment's largest tensors together; a few of them fit a server's share of the L3 cache
+SEGMENT_BYTES = 8 << 20  # of one segment's largest tensors together; a few of them fit a server's share of the L3 cache
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,20 +96,17 @@ class _GatedLinearAttention(torch.autograd.Function):
             starts = torch.empty(x.plan.chunks * x.H, K, x.R * V, dtype=x.compute, device=q.device)
         forward(x, _gate(g), state, o, starts)
         o = o[: B * T].view(B, T, HV, V)
-        final = _outer_states(x, state)
-        saved_final = final if g is not None else None
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, starts, saved_final)
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, starts)
         ctx.scale, ctx.chunk_size = scale, chunk_size
-        return o, final
+        return o, _outer_states(x, state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, initial_state, cu_seqlens, starts, final = ctx.saved_tensors
+        q, k, v, g, initial_state, cu_seqlens, starts = ctx.saved_tensors
         x = _operands(q, k, v, g, ctx.scale, cu_seqlens, ctx.chunk_size)
         gate = _gate(g)
         dstate = _inner_states(x, dfinal)
-        boundary = None if g is None else (_inner_states(x, final) * dstate).sum((3, 4) if g.dim() == 4 else (2, 4))
         B, T, HV, V = v.shape
         H, K = q.shape[2:]
         L = B * T
@@ -119,7 +116,7 @@ class _GatedLinearAttention(torch.autograd.Function):
             v=v.new_empty(L + 1, HV, V),
             g=None if g is None else g.new_empty(L + 1, *g.shape[2:]),
         )
-        backward(x, gate, do.reshape(L, HV, V), starts, dstate, boundary, gradients)
+        backward(x, gate, do.reshape(L, HV, V), starts, dstate, gradients)
 
         def shaped(gradient: Tensor) -> Tensor:
             return gradient[:L].view(B, T, H, x.repeat, K).sum(3) if x.repeat > 1 else gradient[:L].view(q.shape)

@@ -26,27 +26,22 @@ def _by_piece(x: Tensor | None, segment: Segment) -> list[Tensor | None]:
 
 
 def _scan(
-    kept: Tensor,
-    added: Tensor,
-    decay: Decay,
-    segment: Segment,
-    state: Tensor,
-    after: Callable[[int, Tensor], None] | None = None,
+    kept: Tensor, added: Tensor, decay: Decay, segment: Segment, state: Tensor, *, backwards: bool = False
 ) -> None:
     """state <- total state + half added, chunk by chunk, and kept = half state before each.
 
-    kept, added [m, H, K, R, V]; state [N, H, K, R, V], moved on in place. With `after` the chunks are met last to first,
-    and after(index of the piece, state) is called behind each.
+    kept, added [m, H, K, R, V]; state [N, H, K, R, V], moved on in place. backwards: from the last chunk to the first.
     """
-    pieces = zip(
-        segment.states(state),
-        _by_piece(kept, segment),
-        _by_piece(added, segment),
-        _by_piece(decay.half, segment),
-        _by_piece(decay.total, segment),
+    pieces = list(
+        zip(
+            segment.states(state),
+            _by_piece(kept, segment),
+            _by_piece(added, segment),
+            _by_piece(decay.half, segment),
+            _by_piece(decay.total, segment),
+        )
     )
-    numbered = list(enumerate(pieces))
-    for index, (here, before, increment, half, total) in numbered if after is None else reversed(numbered):
+    for here, before, increment, half, total in reversed(pieces) if backwards else pieces:
         assert before is not None and increment is not None
         if half is not None and total is not None:
             torch.mul(here, half, out=before)
@@ -56,8 +51,6 @@ def _scan(
             if total is not None:
                 here.mul_(total)
             here.add_(increment)
-        if after is not None:
-            after(index, here)
 
 
 def forward(x: Operands, gate: Gate, state: Tensor, o: Tensor, starts: Tensor | None) -> None:
@@ -92,20 +85,15 @@ class Gradients:
     g: Tensor | None
 
 
-def backward(
-    x: Operands,
-    gate: Gate,
-    do: Tensor,
-    starts: Tensor,
-    dstate: Tensor,
-    boundary: Tensor | None,
-    gradients: Gradients,
-) -> None:
+def backward(x: Operands, gate: Gate, do: Tensor, starts: Tensor, dstate: Tensor, gradients: Gradients) -> None:
     """Fills `gradients`; dstate [N, H, K, R, V] (sorted) turns from the final states' gradient into the initial states'.
 
     do [tokens, H R, V]; starts as `forward` gave them.
-    boundary: Σ S ⊙ dS of the final states over all but the dims of the gate, None if there is no gate. It is carried back:
-    the gate's gradient inside a chunk is Σ_{i >= t} dG_i plus that sum at the chunk's end.
+
+    The gate's gradient at token t is what passes from tokens before t to tokens from t on. It is summed up from just these
+    passages: from earlier chunks into this one, from this one into later ones, past it, and inside it. (The shorter
+    Σ_{i >= t} (q_i·dq_i - k_i·dk_i) takes them as a difference of sums that also hold everything else, and is left with
+    rounding noise where the decay is strong.)
     """
     for segment in reversed(x.plan.segments(x.size)):
         q, k = _fetch_qk(x, segment)
@@ -115,55 +103,59 @@ def backward(
         start = starts[segment.first * x.H : segment.last * x.H]
         read = torch.bmm(query.transpose(1, 2), seen)  # gradient of half S through the chunk's outputs
         ends = torch.empty_like(read)  # gradient of W
-        at_end = None
-        carry: Callable[[int, Tensor], None] = _nothing
-        if boundary is not None:
-            at_end = boundary.new_empty(segment.last - segment.first, *boundary.shape[1:])
-            carry = _carry_boundary(x, segment, decay, start.view(x.state_shape), boundary, at_end)
-        _scan(ends.view(x.state_shape), read.view(x.state_shape), decay, segment, dstate, carry)
+        _scan(ends.view(x.state_shape), read.view(x.state_shape), decay, segment, dstate, backwards=True)
 
-        # Through the state: what all earlier and later chunks contribute.
+        # Through the state: what earlier chunks give to this one, and this one to later chunks.
         dquery = torch.bmm(seen, start.transpose(1, 2))
         dkey = torch.bmm(value, ends.transpose(1, 2))
         dvalue = torch.bmm(key, ends)
-        # Through the scores inside the chunk. A token's share in its own output passes no decay, so it stays out until the
-        # gate's gradient is taken: as the largest term of q·dq and of k·dk it would cancel there, but its rounding would not.
-        if decay.factored:
+        dg = None
+        if gradients.g is not None:
+            if x.R == 1:
+                read_here, written_here = query * dquery, key * dkey
+            else:  # dquery and dkey are sums over value heads; for each of them q·dq = o·do and k·dk = v·dv
+                read_here = x.unfold(torch.bmm(query, start)) * x.unfold(seen)
+                written_here = decay.value(v) * x.unfold(dvalue)
+            past = decay.past((start * ends).view(x.state_shape))
+            dg = _passages(decay.per_gate(read_here), decay.per_gate(written_here), past)
+
+        # Through the scores inside the chunk. With a gate, a token's score for itself, which passes no decay, is kept apart.
+        if dg is None:
+            inside = torch.bmm(query, key.transpose(1, 2)).tril_()
+            dinside = torch.bmm(seen, value.transpose(1, 2)).tril_()
+            dv = decay.value(x.unfold(dvalue.baddbmm_(inside.transpose(1, 2), seen)))
+            dq = decay.query(dquery.baddbmm_(dinside, key))
+            dk = decay.key(dkey.baddbmm_(dinside.transpose(1, 2), query))
+        elif decay.factored:
             inside = torch.bmm(query, key.transpose(1, 2))
             dinside = torch.bmm(seen, value.transpose(1, 2))
             own_score = x.of_values(_diagonal(inside)) * decay.own_score
             own_dscore = _diagonal(dinside) * decay.own_dscore
             inside.tril_(-1)
             dinside.tril_(-1)
-            dv = decay.value(x.unfold(dvalue.baddbmm_(inside.transpose(1, 2), seen)))
-            dq = decay.query(dquery.baddbmm_(dinside, key))
-            dk = decay.key(dkey.baddbmm_(dinside.transpose(1, 2), query))
+            dquery_inside = torch.bmm(dinside, key)
+            dkey_inside = torch.bmm(dinside.transpose(1, 2), query)
+            if x.R > 1:
+                dinside = torch.bmm(x.unfold(seen), decay.value(v).transpose(1, 2))
+            dg += decay.gradient_inside(x.of_values(inside), dinside, query, dquery_inside, key, dkey_inside)
+            dv = decay.value(x.unfold(dvalue.baddbmm_(inside.transpose(1, 2), seen))).addcmul_(own_score, d)
+            dq = decay.query(dquery.add_(dquery_inside)).addcmul_(own_dscore, k)
+            dk = decay.key(dkey.add_(dkey_inside)).addcmul_(own_dscore, q)
         else:
-            inside, dinside = decay.scores(q, k), torch.bmm(d, v.transpose(1, 2))
-            own_score = _diagonal(inside)
-            own_dscore = x.sum_values(_diagonal(dinside)) * x.scale
-            inside.tril_(-1)
-            dv = decay.value(x.unfold(dvalue)).baddbmm_(inside.transpose(1, 2), d)
-            dq, dk = decay.scores_backward(dinside.tril_(-1), q, k)
-            dq += decay.query(dquery)
-            dk += decay.key(dkey)
-        if at_end is not None and gradients.g is not None:
-            if x.R == 1:
-                dG = decay.per_gate(_difference(q, dq, k, dk, x.wide))
-            else:
-                # dq and dk are sums over value heads here. For each of them q·dq = o·do and k·dk = v·dv.
-                read_out = torch.bmm(query, start)
-                if decay.factored:
-                    out = decay.output(x.unfold(read_out.baddbmm_(inside, value)))
-                else:
-                    out = decay.output(x.unfold(read_out)).baddbmm_(inside, v)
-                dG = decay.per_gate(_difference(out, d, v, dv, x.wide))
-            after = dG.flip(1).cumsum(1).flip(1)
-            after += at_end.view(after.shape[0], 1, *after.shape[2:])
-            segment.put(gradients.g, after)
-        segment.put(gradients.q, dq.addcmul_(own_dscore, k))
-        segment.put(gradients.k, dk.addcmul_(own_dscore, q))
-        segment.put(gradients.v, dv.addcmul_(own_score, d))
+            scores, dscores = decay.scores(q, k), torch.bmm(d, v.transpose(1, 2))
+            own_score = _diagonal(scores)
+            own_dscore = x.sum_values(_diagonal(dscores)) * x.scale
+            scores.tril_(-1)
+            dq, dk, dg_inside = decay.scores_backward(scores, dscores.tril_(-1), q, k)
+            dg += dg_inside
+            dv = decay.value(x.unfold(dvalue)).baddbmm_(scores.transpose(1, 2), d).addcmul_(own_score, d)
+            dq.add_(decay.query(dquery)).addcmul_(own_dscore, k)
+            dk.add_(decay.key(dkey)).addcmul_(own_dscore, q)
+        segment.put(gradients.q, dq)
+        segment.put(gradients.k, dk)
+        segment.put(gradients.v, dv)
+        if gradients.g is not None and dg is not None:
+            segment.put(gradients.g, dg)
 
 
 def _diagonal(x: Tensor) -> Tensor:
@@ -171,26 +163,8 @@ def _diagonal(x: Tensor) -> Tensor:
     return x.diagonal(dim1=1, dim2=2)[..., None].clone()
 
 
-def _difference(a: Tensor, da: Tensor, b: Tensor, db: Tensor, dtype: torch.dtype) -> Tensor:
-    return (a.to(dtype) * da.to(dtype)).addcmul_(b.to(dtype), db.to(dtype), value=-1.0)
-
-
-def _nothing(index: int, dstate: Tensor) -> None:
-    pass
-
-
-def _carry_boundary(
-    x: Operands, segment: Segment, decay: Decay, start: Tensor, boundary: Tensor, at_end: Tensor
-) -> Callable[[int, Tensor], None]:
-    """For each piece: gives `at_end` its chunks' Σ S ⊙ dS, and moves `boundary` on to their starts."""
-    carried, ends, starts = segment.states(boundary), _by_piece(at_end, segment), _by_piece(start, segment)
-    halves = _by_piece(None if decay.half is None else decay.boundary(decay.half), segment)
-
-    def carry(index: int, dstate: Tensor) -> None:
-        end, start, half = ends[index], starts[index], halves[index]
-        assert end is not None and start is not None
-        end.copy_(carried[index])
-        product = decay.boundary(start * dstate)
-        carried[index].copy_(product if half is None else product / half)
-
-    return carry
+def _passages(read: Tensor, written: Tensor, past: Tensor) -> Tensor:
+    """Gate gradients [M, C, ...] of what tokens from t on read, what tokens before t wrote, and what went past [M, ...]."""
+    dg = read.flip(1).cumsum(1).flip(1)
+    dg[:, 1:] += written[:, :-1].cumsum(1)
+    return dg.add_(past.unsqueeze(1))

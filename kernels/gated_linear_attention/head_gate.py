@@ -61,11 +61,24 @@ class HeadDecay:
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self._weigh(torch.bmm(q, k.transpose(1, 2)), self.R)
 
-    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_backward(self, scores: Tensor, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         plain = self._weigh(dscores, 1)
         if self.R > 1:
             plain = plain.view(-1, self.R, *plain.shape[1:]).sum(1)
-        return torch.bmm(plain, k), torch.bmm(plain.transpose(1, 2), q)
+        dg = self._across(scores, dscores)
+        return torch.bmm(plain, k), torch.bmm(plain.transpose(1, 2), q), dg
+
+    def gradient_inside(
+        self, scores: Tensor, dscores: Tensor, query: Tensor, dquery: Tensor, key: Tensor, dkey: Tensor
+    ) -> Tensor:
+        return self._across(scores, dscores)
+
+    def _across(self, scores: Tensor, dscores: Tensor) -> Tensor:
+        """For each t the sum of scores · dscores over queries from t on and keys before t: [m H R, C]."""
+        assert self.total is not None
+        weight = scores.to(self.total.dtype) * dscores.to(self.total.dtype)
+        from_t_on = torch.ones_like(weight[0]).triu_()
+        return torch.matmul(from_t_on, weight).tril_(-1).sum(-1)
 
     @property
     def own_score(self) -> float:
@@ -76,10 +89,15 @@ class HeadDecay:
         return 1.0  # the factors of a row and its own column leave the scale, and only that
 
     def per_gate(self, product: Tensor) -> Tensor:
-        return product.sum(-1)
+        assert self.total is not None
+        return product.sum(-1, dtype=self.total.dtype)
 
-    def boundary(self, product: Tensor) -> Tensor:
-        return product.sum((2, 4))
+    def past(self, product: Tensor) -> Tensor:
+        assert self.total is not None
+        sums = product.sum((2, 4), dtype=self.total.dtype)  # [m, H, R]; half² is the total
+        if self.half is None:
+            sums *= self.total[:, :, 0, :, 0]
+        return sums.flatten()
 
 
 def no_gate(x: Operands, segment: Segment) -> HeadDecay:

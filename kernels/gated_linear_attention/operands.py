@@ -100,8 +100,14 @@ class Decay(Protocol):
         """[m H R, C, C], what o takes from each value; zero above the diagonal."""
         ...
 
-    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """dq, dk [m H, C, K]."""
+    def scores_backward(self, scores: Tensor, dscores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk [m H, C, K] and the gate's gradient, from scores and their gradient, both without their diagonals."""
+        ...
+
+    def gradient_inside(
+        self, scores: Tensor, dscores: Tensor, query: Tensor, dquery: Tensor, key: Tensor, dkey: Tensor
+    ) -> Tensor:
+        """The same gate's gradient where factored. dquery and dkey are those through the scores alone."""
         ...
 
     @property
@@ -118,6 +124,6 @@ class Decay(Protocol):
         """Sum of [M, C, K or V] over what shares a gate: [M, C] or unchanged."""
         ...
 
-    def boundary(self, product: Tensor) -> Tensor:
-        """Σ of S ⊙ dS [n, H, K, R, V] over all but the dims of the gate: [n, H, R] or [n, H, K]."""
+    def past(self, product: Tensor) -> Tensor:
+        """Σ of S ⊙ dS over what shares a gate, decayed by a whole chunk, from half S ⊙ half dS: [m H R] or [m H, K]."""
         ...

@@ -62,8 +62,8 @@ def test_extreme_gates(gate, value, share, dtype, tolerance):
     ours = run(chunked, (q, k, v, g, state))
     for name, a, b in zip(("o", "final", "dq", "dk", "dv", "dg", "dinitial"), ours, truth):
         assert bool(a.isfinite().all()), name
-        # dg is a difference of sums as large as q·dq: its error is measured against those where it vanishes.
-        floor = 1.0 if name in ("dg", "dinitial") else 1e-30
+        # Where nothing passes the gates their gradient vanishes; a channel's is then noise of a difference of numbers near 1.
+        floor = 0.1 if name == "dg" and gate == "channel" else 1e-30
         assert float((a - b).detach().norm() / b.detach().norm().clamp(min=floor)) < tolerance, name
 
 
@@ -164,6 +164,26 @@ def test_fp16_widens():
     ours = run(chunked, inputs)
     assert ours[0].dtype == torch.float16
     assert max(relative_errors(ours, run(reference, [t.double() for t in inputs]))) < 1e-3
+
+
+def test_memory_of_a_call_grows_linearly_with_length():
+    """Bytes kept for the backward: twice the tokens, twice the bytes."""
+
+    def kept(T):
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        q, k, v, g, _ = make(1, T, 2, 8, 8)
+        leaves = [t.requires_grad_() for t in (q, k, v, g)]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            chunked(*leaves)
+        return total
+
+    assert kept(1024) == 2 * kept(512)
 
 
 def test_strided_inputs_no_grad_and_autocast():

@@ -24,6 +24,7 @@ def test_mamba():
         delta_softplus=True, return_last_state=True,
     )  # fmt: skip
     theirs = theirs.transpose(1, 2)
+    assert state is not None
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
     ours = [y, state, *torch.autograd.grad(y, leaves, dy, retain_graph=True)]
     for a, b in zip(ours, [theirs, their_state, *torch.autograd.grad(theirs, leaves, dy)], strict=True):
