@@ -145,13 +145,15 @@ def gradients_kernel(
     b_k = load_tile(k_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
     b_q = load_tile(q_in, by_key_head * BT, 0, at_k, BK, DESCRIPTOR)
     wide_k = b_k.to(tl.float32)
-    ends_gradient = 0.0
     if GATED:
         from_start = tl.exp2(b_g)
         b_dq *= from_start[:, None]
         b_y *= from_start[:, None]
         b_dk *= tl.exp2(end - b_g)[:, None]
-        ends_gradient = tl.sum(tl.sum(b_dk * wide_k, axis=1), axis=0) + tl.exp2(end) * tl.sum(overlap, axis=0)
+        # Sums over a vector as sums over the rows of a matrix: Blackwell's compiler (Triton 3.7) fails on the former here.
+        along_end = tl.broadcast_to(tl.sum(b_dk * wide_k, axis=1)[None, :], [BT, BT])
+        ends_gradient = tl.sum(along_end, axis=1)
+        ends_gradient += tl.exp2(end) * tl.sum(tl.broadcast_to(overlap[None, :], [BT, BV]), axis=1)
     b_y = tl.dot(d_lower, b_k, acc=-b_y, input_precision=PRECISION)
     b_dq = tl.dot(d_scores, b_k, acc=b_dq * scale, input_precision=PRECISION)
     b_dk = tl.dot(d_scores_t, b_q, acc=b_dk, input_precision=PRECISION)

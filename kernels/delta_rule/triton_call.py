@@ -14,11 +14,10 @@ from kernels.common.tiles import descriptor, descriptors_pay
 from kernels.delta_rule.triton_backward import gradients_kernel
 from kernels.delta_rule.triton_channel import channel_gate_kernel, channel_tiles_kernel
 from kernels.delta_rule.triton_channel_backward import channel_gradients_kernel, channel_squares_kernel
-from kernels.delta_rule.triton_launch import chunk_size, launch, precision
+from kernels.delta_rule.triton_launch import chunk_size, launch, precision, v_tile
 from kernels.delta_rule.triton_prepare import prepare_kernel
 from kernels.delta_rule.triton_segments import segment_tokens
 from kernels.delta_rule.triton_state import scan_backward_kernel, scan_forward_kernel
-from kernels.tuning import Use
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,11 @@ class Shape:
 def shape_of(q: Tensor, v: Tensor, g: Tensor | None, scale: float, cu_seqlens: Tensor | None) -> Shape:
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    size = chunk_size(T, K, q.dtype)
+    gate = 0 if g is None else g.dim() - 2
+    size = chunk_size(T, K, q, gate)
     chunks = dense_chunks(B, T, size) if cu_seqlens is None else packed_chunks(cu_seqlens, T, size)
-    s = Shape(B, T, H, HV, K, V, 0 if g is None else g.dim() - 2, chunks, scale, descriptors_pay(q.device))
-    block = min(launch("delta_rule_scan_forward", q, **s.keys)["BV"], triton.next_power_of_2(max(V, 16)))
+    s = Shape(B, T, H, HV, K, V, gate, chunks, scale, descriptors_pay(q.device))
+    _, block, _ = v_tile("delta_rule_scan_forward", q, descriptors=s.descriptors, **s.keys)
     tokens = segment_tokens(q, T, size, K, chunks.sequences * HV, triton.cdiv(V, block))
     if tokens:
         s = replace(s, segments=segments_of(chunks, cu_seqlens, tokens, q.device))
@@ -203,14 +203,6 @@ def prepare_channel(s: Shape, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, nor
     return p
 
 
-def _v_block(s: Shape, use: Use) -> tuple[int, bool]:
-    """Values a program holds, and whether it may read tiles through descriptors: they cannot mask a part of a head."""
-    block = min(use.pop("BV"), triton.next_power_of_2(max(s.V, 16)))
-    if s.gate == 2:  # one more tile of keys a step: three steps' worth would not fit in shared memory
-        use["num_stages"] = min(use["num_stages"], 2)
-    return block, s.descriptors and s.V % block == 0
-
-
 @dataclass(frozen=True)
 class Spans:
     """What a scan walks: sequences, or segments of them."""
@@ -259,8 +251,7 @@ def scan_forward(
     v_new = v.new_empty(s.tile(s.HV, s.V, C)) if keep else None
     end = v.new_empty(to.count, s.HV, s.K, s.V, dtype=torch.float32) if final or summary else None
     transition = v.new_empty(to.count, s.HV, s.K, s.K, dtype=torch.float32) if summary else None
-    use = launch("delta_rule_scan_forward", v, **s.keys)
-    BV, through = _v_block(s, use)
+    use, BV, through = v_tile("delta_rule_scan_forward", v, descriptors=s.descriptors, **s.keys)
     whole = through and output and not s.chunks.packed and s.T % C == 0
     blocks = triton.cdiv(s.V, BV) + (triton.cdiv(s.K, BV) if summary else 0)
     scan_forward_kernel[(blocks * s.HV * to.count,)](
@@ -326,8 +317,7 @@ def scan_backward(
     d_states = do.new_empty(s.tile(s.HV, s.V, s.BK)) if keep else None
     d_error = do.new_empty(s.tile(s.HV, s.V, C)) if keep else None
     d_initial = do.new_empty(to.count, s.HV, s.K, s.V, dtype=torch.float32) if initial else None
-    use = launch("delta_rule_scan_backward", do, **s.keys)
-    BV, through = _v_block(s, use)
+    use, BV, through = v_tile("delta_rule_scan_backward", do, descriptors=s.descriptors, **s.keys)
     scan_backward_kernel[(triton.cdiv(s.V, BV) * s.HV * to.count,)](
         descriptor(p.q_in, s.BK, (C, s.BK), through),
         descriptor(p.k_in, s.BK, (C, s.BK), through),
@@ -386,8 +376,7 @@ def gradients(
     dv = torch.empty_like(v)
     dbeta = v.new_empty(s.B, s.T, s.HV, dtype=dtypes[0])
     dg = v.new_empty(s.B, s.T, s.HV, dtype=dtypes[1]) if s.gate == 1 else None
-    use = launch("delta_rule_gradients", v, **s.keys)
-    BV, through = _v_block(s, use)
+    use, BV, through = v_tile("delta_rule_gradients", v, descriptors=s.descriptors, **s.keys)
     gradients_kernel[(s.HV, s.chunks.count)](
         descriptor(p.q_unit, s.BK, (C, s.BK), through),
         descriptor(p.k_unit, s.BK, (C, s.BK), through),
@@ -434,11 +423,12 @@ def channel_gradients(
     C = s.chunks.size
     d_scores, d_lower = (v.new_empty(s.tile(s.HV, C, C)) for _ in range(2))
     dv = torch.empty_like(v)
-    use = launch("delta_rule_channel_gradients", v, **s.keys)
+    use, BV_gradients, through_gradients = v_tile(
+        "delta_rule_channel_gradients", v, descriptors=s.descriptors, **s.keys
+    )
     BC = min(use.pop("BC"), s.BK)
     dbeta = v.new_empty(1 + s.BK // BC, s.B, s.T, s.HV, dtype=torch.float32)
-    use_squares = launch("delta_rule_channel_squares", v, **s.keys)
-    BV, through = _v_block(s, use_squares)
+    use_squares, BV, through = v_tile("delta_rule_channel_squares", v, descriptors=s.descriptors, **s.keys)
     channel_squares_kernel[(s.HV, s.chunks.count)](
         descriptor(v, s.HV * s.V, (C, BV), through),
         descriptor(do, s.HV * s.V, (C, BV), through),
@@ -464,7 +454,7 @@ def channel_gradients(
     )
     dq, dk = (v.new_empty(s.B, s.T, s.HV, s.K, dtype=torch.float32) for _ in range(2))
     dg = v.new_empty(s.B, s.T, s.HV, s.K, dtype=dtypes[1])
-    BV, through = _v_block(s, use)
+    BV, through = BV_gradients, through_gradients
     channel_gradients_kernel[(s.HV * (s.BK // BC), s.chunks.count)](
         p.q_unit,
         p.k_unit,

@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 import triton
 
-from kernels.architecture import architecture, dot_precision
+from kernels.architecture import architecture, dot_precision, vendor
 from kernels.tuning import Use, parameters
 
 _AMD = {"matrix_instr_nonkdim": 16, "num_stages": 1}
+
+_SMALL = {"BV": 16, "num_warps": 4, "num_stages": 1}
 
 # Offline figures behind the choices: `python -m kernels.check`. "generic" also serves sm80 and sm100.
 DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
@@ -43,7 +45,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "gfx950": {**_AMD, "BV": 32, "num_warps": 4},
     },
     "delta_rule_gradients": {
-        "generic": {"BV": 16, "num_warps": 8, "num_stages": 1},
+        "generic": {"BV": 16, "num_warps": 8, "num_stages": 2},
         "sm90": {"BV": 64, "num_warps": 8, "num_stages": 2},
         "gfx942": {**_AMD, "BV": 32},
         "gfx950": {**_AMD, "BV": 32},
@@ -67,6 +69,17 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "gfx950": {**_AMD, "num_warps": 4},
     },
 }
+
+
+# Operands of fp32: products in three passes of tf32 on NVIDIA, which take registers in proportion.
+for _kernel in ("scan_forward", "scan_backward", "gradients"):
+    DEFAULTS[f"delta_rule_{_kernel}_fp32"] = {
+        "generic": _SMALL,
+        "gfx942": DEFAULTS[f"delta_rule_{_kernel}"]["gfx942"],
+        "gfx950": DEFAULTS[f"delta_rule_{_kernel}"]["gfx950"],
+    }
+    # Where descriptors would serve, but cannot: V is no multiple of BV.
+    DEFAULTS[f"delta_rule_{_kernel}_pointers"] = {"generic": DEFAULTS[f"delta_rule_{_kernel}"]["generic"]}
 
 
 def _options(*rows: tuple[int, int, int], name: str = "BV", **fixed: int) -> list[dict[str, int]]:
@@ -104,14 +117,39 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 }
 
 
-def chunk_size(T: int, K: int, dtype: torch.dtype) -> int:
-    """Tokens in a chunk. Wide keys and fp32 operands would not leave registers for 64."""
-    largest = 64 if K <= 128 and dtype != torch.float32 else 32
+def chunk_size(T: int, K: int, x: torch.Tensor, gate: int) -> int:
+    """Tokens in a chunk. Wide keys, fp32 operands and gates of channels do not leave registers for 64 everywhere."""
+    arch = architecture(x.device)
+    largest = 64
+    if K > 128 or x.dtype == torch.float32 or (gate == 2 and arch not in ("sm90", "gfx942", "gfx950")):
+        largest = 32
+    if x.dtype == torch.float32 and vendor(arch) == "nvidia":
+        largest = 16
     return max(16, min(largest, triton.next_power_of_2(T)))
 
 
 def launch(kernel: str, x: torch.Tensor, **keys: int | str) -> Use:
+    if x.dtype == torch.float32 and f"{kernel}_fp32" in DEFAULTS:
+        kernel = f"{kernel}_fp32"
     return dict(parameters(kernel, architecture(x.device), defaults=DEFAULTS, **keys))
+
+
+def v_tile(kernel: str, x: torch.Tensor, *, V: int, descriptors: bool, **keys: int) -> tuple[Use, int, bool]:
+    """(launch parameters, values a program holds at a time, whether it reads tiles through descriptors).
+
+    Descriptors cannot mask a part of a head, so they serve only where V is a multiple of the tile.
+    """
+    use = launch(kernel, x, V=V, **keys)
+    block = min(use.pop("BV"), triton.next_power_of_2(max(V, 16)))
+    if descriptors and V % block:
+        if f"{kernel}_pointers" in DEFAULTS and x.dtype != torch.float32:
+            use = launch(f"{kernel}_pointers", x, V=V, **keys)
+            block = min(use.pop("BV"), triton.next_power_of_2(max(V, 16)))
+        descriptors = False
+    if keys.get("gate") == 2 and "num_stages" in use:
+        # One more tile of keys a step: three steps' worth would not fit in shared memory.
+        use["num_stages"] = min(use["num_stages"], 2)
+    return use, block, descriptors
 
 
 def precision(x: torch.Tensor, purpose: str) -> str:
