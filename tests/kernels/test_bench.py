@@ -316,7 +316,7 @@ def test_tuned_rows_are_written_read_and_replaced(tmp_path, monkeypatch):
 def test_the_candidates_of_an_operator_are_collected_and_known_to_it():
     pytest.importorskip("triton")
     found = tune.candidates("short_conv")
-    assert {"short_conv_forward", "short_conv_backward"} <= set(found)
+    assert "short_conv_forward" in found
     assert all(isinstance(option, dict) for options in found.values() for option in options)
 
 
