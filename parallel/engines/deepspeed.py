@@ -38,7 +38,9 @@ class DeepSpeedEngine(Engine):
         if not dist.is_initialized():
             raise ValueError("the deepspeed engine needs a process group, also for one rank")
         # On CPUs DeepSpeed would compile a shared-memory all-reduce in C++ at first use, for minutes; gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False
+        shared_memory = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
+        if shared_memory is not None:
+            deepspeed.ops.__compatible_ops__[shared_memory.NAME] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.model, self.ranks = model, mesh.dp_size
         settings = {
