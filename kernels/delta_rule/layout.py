@@ -51,6 +51,7 @@ class Slab:
         """Copies the slab's tokens of x [B, T, H, ...] into out [chunks, H, C, ...]; places without a token become 0."""
         by_token = out.transpose(1, 2)  # [chunks, C, H, ...]
         if self.tokens is not None:
+            assert self.places is not None
             flat = x.new_zeros(by_token.shape[0] * self.C, *x.shape[2:])
             by_token.copy_(flat.index_copy_(0, self.places, x[0].index_select(0, self.tokens)).view(by_token.shape))
             return out
@@ -67,6 +68,7 @@ class Slab:
         """Copies x [chunks, H, C, ...] to the slab's tokens of out [B, T, H, ...]."""
         by_token = x.transpose(1, 2)
         if self.tokens is not None:
+            assert self.places is not None
             rows = by_token.reshape(-1, *out.shape[2:]).index_select(0, self.places)
             out[0].index_copy_(0, self.tokens, rows.to(out.dtype))
             return
