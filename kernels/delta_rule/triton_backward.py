@@ -150,10 +150,7 @@ def gradients_kernel(
         b_dq *= from_start[:, None]
         b_y *= from_start[:, None]
         b_dk *= tl.exp2(end - b_g)[:, None]
-        # Sums over a vector as sums over the rows of a matrix: Blackwell's compiler (Triton 3.7) fails on the former here.
-        along_end = tl.broadcast_to(tl.sum(b_dk * wide_k, axis=1)[None, :], [BT, BT])
-        ends_gradient = tl.sum(along_end, axis=1)
-        ends_gradient += tl.exp2(end) * tl.sum(tl.broadcast_to(overlap[None, :], [BT, BV]), axis=1)
+        along_end = tl.sum(b_dk * wide_k, axis=1)
     b_y = tl.dot(d_lower, b_k, acc=-b_y, input_precision=PRECISION)
     b_dq = tl.dot(d_scores, b_k, acc=b_dq * scale, input_precision=PRECISION)
     b_dk = tl.dot(d_scores_t, b_q, acc=b_dk, input_precision=PRECISION)
@@ -164,10 +161,6 @@ def gradients_kernel(
     along_q = tl.sum(b_q.to(tl.float32) * b_dq, axis=1)
     along_k = tl.sum(wide_k * b_dk, axis=1)
     tl.store(dbeta + first * HV + hv + row * HV, (b_dbeta + along_y).to(dbeta.dtype.element_ty), mask=live)
-    if GATED:
-        d_g = along_q - along_k + 2.0 * b_beta * along_y
-        d_g = tl.cumsum(d_g, axis=0, reverse=True) + ends_gradient
-        tl.store(dg + first * HV + hv + row * HV, d_g.to(dg.dtype.element_ty), mask=live)
     if NORMALIZE:
         # y = x r with r = (sum x^2 + eps)^-1/2:  dx = r (dy - y <y, dy>), exact with eps.
         r_q = tl.load(q_factor + by_key_head * BT + row)
@@ -178,3 +171,11 @@ def gradients_kernel(
     at_out = (first * HV + hv) * K + row[:, None] * (HV * K) + channel[None, :]
     tl.store(dq + at_out, b_dq.to(dq.dtype.element_ty), mask=mask_k)
     tl.store(dk + at_out, b_dk.to(dk.dtype.element_ty), mask=mask_k)
+    if GATED:
+        d_g = along_q - along_k + 2.0 * b_beta * along_y
+        d_g = tl.cumsum(d_g, axis=0, reverse=True)
+        # What G_end gets, the same for all rows. The vectors are summed as rows of a matrix: Blackwell's compiler (Triton
+        # 3.7) fails on the sum of a vector here.
+        d_g += tl.sum(tl.broadcast_to(along_end[None, :], [BT, BT]), axis=1)
+        d_g += tl.exp2(end) * tl.sum(tl.broadcast_to(overlap[None, :], [BT, BV]), axis=1)
+        tl.store(dg + first * HV + hv + row * HV, d_g.to(dg.dtype.element_ty), mask=live)

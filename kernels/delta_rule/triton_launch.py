@@ -54,7 +54,9 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "generic": {"num_warps": 8, "num_stages": 1},
     },
     "delta_rule_channel_tiles": {
-        "generic": {"BC": 64, "num_warps": 8, "num_stages": 1},
+        "generic": {"BC": 32, "num_warps": 4, "num_stages": 1},
+        "sm90": {"BC": 64, "num_warps": 8, "num_stages": 1},
+        "sm100": {"BC": 64, "num_warps": 8, "num_stages": 1},
         "gfx942": {**_AMD, "BC": 32, "num_warps": 4},
         "gfx950": {**_AMD, "BC": 32, "num_warps": 4},
     },
@@ -64,9 +66,11 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "gfx950": {**_AMD},
     },
     "delta_rule_channel_gradients": {
-        "generic": {"BC": 32, "BV": 64, "num_warps": 8, "num_stages": 1},
-        "gfx942": {**_AMD, "num_warps": 4},
-        "gfx950": {**_AMD, "num_warps": 4},
+        "generic": {"BC": 16, "BV": 64, "num_warps": 8, "num_stages": 1},
+        "sm90": {"BC": 32},
+        "sm100": {"BC": 32},
+        "gfx942": {**_AMD, "BC": 32, "num_warps": 4},
+        "gfx950": {**_AMD, "BC": 32, "num_warps": 4},
     },
 }
 
@@ -78,8 +82,18 @@ for _kernel in ("scan_forward", "scan_backward", "gradients"):
         "gfx942": DEFAULTS[f"delta_rule_{_kernel}"]["gfx942"],
         "gfx950": DEFAULTS[f"delta_rule_{_kernel}"]["gfx950"],
     }
-    # Where descriptors would serve, but cannot: V is no multiple of BV.
+    # Where descriptors would serve, but V is no multiple of BV.
     DEFAULTS[f"delta_rule_{_kernel}_pointers"] = {"generic": DEFAULTS[f"delta_rule_{_kernel}"]["generic"]}
+    # K above 128.
+    DEFAULTS[f"delta_rule_{_kernel}_wide"] = {
+        **DEFAULTS[f"delta_rule_{_kernel}"],
+        "sm90": {"BV": 32, "num_warps": 8, "num_stages": 1 if _kernel == "gradients" else 2},
+    }
+DEFAULTS["delta_rule_channel_tiles_fp32"] = {
+    **DEFAULTS["delta_rule_channel_tiles"],
+    "sm90": {"BC": 32, "num_warps": 4},
+    "sm100": {"BC": 32, "num_warps": 4},
+}
 
 
 def _options(*rows: tuple[int, int, int], name: str = "BV", **fixed: int) -> list[dict[str, int]]:
@@ -121,7 +135,7 @@ def chunk_size(T: int, K: int, x: torch.Tensor, gate: int) -> int:
     """Tokens in a chunk. Wide keys, fp32 operands and gates of channels do not leave registers for 64 everywhere."""
     arch = architecture(x.device)
     largest = 64
-    if K > 128 or x.dtype == torch.float32 or (gate == 2 and arch not in ("sm90", "gfx942", "gfx950")):
+    if K > 128 or x.dtype == torch.float32 or (gate == 2 and arch not in ("sm90", "sm100", "gfx942", "gfx950")):
         largest = 32
     if x.dtype == torch.float32 and vendor(arch) == "nvidia":
         largest = 16
@@ -131,6 +145,8 @@ def chunk_size(T: int, K: int, x: torch.Tensor, gate: int) -> int:
 def launch(kernel: str, x: torch.Tensor, **keys: int | str) -> Use:
     if x.dtype == torch.float32 and f"{kernel}_fp32" in DEFAULTS:
         kernel = f"{kernel}_fp32"
+    elif isinstance(keys.get("K"), int) and int(keys["K"]) > 128 and f"{kernel}_wide" in DEFAULTS:
+        kernel = f"{kernel}_wide"
     return dict(parameters(kernel, architecture(x.device), defaults=DEFAULTS, **keys))
 
 
@@ -140,16 +156,16 @@ def v_tile(kernel: str, x: torch.Tensor, *, V: int, descriptors: bool, **keys: i
     Descriptors cannot mask a part of a head, so they serve only where V is a multiple of the tile.
     """
     use = launch(kernel, x, V=V, **keys)
-    block = min(use.pop("BV"), triton.next_power_of_2(max(V, 16)))
-    if descriptors and V % block:
-        if f"{kernel}_pointers" in DEFAULTS and x.dtype != torch.float32:
-            use = launch(f"{kernel}_pointers", x, V=V, **keys)
-            block = min(use.pop("BV"), triton.next_power_of_2(max(V, 16)))
-        descriptors = False
+    if descriptors and V % use["BV"] and f"{kernel}_pointers" in DEFAULTS and x.dtype != torch.float32:
+        use = launch(f"{kernel}_pointers", x, V=V, **keys)
+    # At least two steps over V: of a single one the compiler makes straight code that holds everything at once.
+    halve = kernel == "delta_rule_gradients" or V <= 32
+    most = triton.next_power_of_2(max(V // 2 if halve else V, 16))
+    block = min(use.pop("BV"), most)
     if keys.get("gate") == 2 and "num_stages" in use:
         # One more tile of keys a step: three steps' worth would not fit in shared memory.
         use["num_stages"] = min(use["num_stages"], 2)
-    return use, block, descriptors
+    return use, block, descriptors and V % block == 0
 
 
 def precision(x: torch.Tensor, purpose: str) -> str:
