@@ -60,8 +60,9 @@ class Launcher:
         for name, width in (("BK", self.K), ("BV", self.V)):
             if name in use:
                 use[name] = min(use[name], max(16, triton.next_power_of_2(width)))
-        if kernel == "gla_backward" and self.q.element_size() == 4:  # fp32 operands take twice the registers
-            use["BK"] = min(use["BK"], 32)
+        if self.q.element_size() == 4:  # fp32 operands take twice the registers, and tf32x3 three times
+            most = 16 if kernel == "gla_score_gradient" else 32
+            use.update({name: min(use[name], most) for name in ("BK", "BV") if name in use})
         return use
 
     @property

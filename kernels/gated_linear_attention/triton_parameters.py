@@ -25,6 +25,13 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     name: {"generic": use, **({"gfx942": _AMD, "gfx950": _AMD} if name in _MATRIX else {})}
     for name, use in _GENERIC.items()
 }
+# Without wgmma both operands of a product pass through registers.
+DEFAULTS["gla_output"]["sm80"] = {"num_warps": 8}
+DEFAULTS["gla_backward"]["sm80"] = {"num_warps": 8}
+DEFAULTS["gla_score_gradient"]["sm80"] = {"BV": 32, "num_warps": 8}
+# Blackwell's compiler gives one of four warps of a wide scan too few registers.
+DEFAULTS["gla_scan"]["sm100"] = {"num_warps": 8}
+DEFAULTS["gla_backward"]["sm100"] = {"num_warps": 8}
 
 
 def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:

@@ -23,7 +23,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         {"ELEMENTS": n, "WAVES": waves, "num_warps": w} for n in (2048, 4096) for waves in (2, 4, 8) for w in (2, 4, 8)
     ],
 }
-WIDEST = 16384  # elements in a row: a row must fit in the registers of one block
+WIDEST = 8192  # elements in a row: a row must fit in the registers of one block
 UNITS_UNKNOWN = 8  # programs per wave where the number of CUs or SMs is not known
 
 

@@ -7,7 +7,7 @@ With a(gate) the activated gate, u the normalised vector, r = (sum u^2 [/ D] + e
     GATE 2  u = x a(gate)     y = n w              (gate first)
 
 Backward, with c = dy w [a(gate)]: du = r (c - n sum(c n) [/ D]), exact with eps. A whole row lies in one tile, so that x
-is read once; rows are short (D <= 16384), and narrow rows (heads) share a tile.
+is read once; rows are short (D <= 8192), and narrow rows (heads) share a tile.
 """
 
 from __future__ import annotations
