@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.gated_linear_attention.operands import Operands
+from kernels.gated_linear_attention.operands import Operands, decay_factor
 from kernels.gated_linear_attention.plan import Segment
 
 # Factors within exp(±20), and sums whose last bit is worth 4e-6 of the result in fp32.
@@ -168,13 +168,13 @@ def channel_gate(x: Operands, segment: Segment) -> ChannelDecay:
     b = leaf
     while b < C:
         until, after = until.unflatten(1, (-1, 2)), after.unflatten(1, (-1, 2))
-        decay.blocks.append((b, until[:, :, 1].exp(), after[:, :, 0].exp()))
+        decay.blocks.append((b, decay_factor(until[:, :, 1].clone()), decay_factor(after[:, :, 0].clone())))
         sums = until[:, :, :, -1:]
         until = torch.cat([until[:, :, 0], until[:, :, 1] + sums[:, :, 0]], 2)
         after = torch.cat([after[:, :, 0] + sums[:, :, 1], after[:, :, 1]], 2)
         b *= 2
     until, after = until.flatten(1, 2), after.flatten(1, 2)
     decay.total = until[:, -1].exp().view(state)
-    decay.rows = until.exp() * x.scale
-    decay.columns = after.exp()
+    decay.rows = decay_factor(until).mul_(x.scale)
+    decay.columns = decay_factor(after)
     return decay

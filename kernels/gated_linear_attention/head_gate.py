@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.gated_linear_attention.operands import Operands
+from kernels.gated_linear_attention.operands import Operands, decay_factor
 from kernels.gated_linear_attention.plan import Segment
 
 # exp(-800) is zero in fp32 and fp64 alike; a finite floor keeps differences of sums finite where g = -inf.
 FLOOR = -800.0
-# The factors then lie within exp(±50), so that their products with operands up to 1e16 stay within fp32 (and bf16) range.
-FACTORED_SPAN = 100.0
+# The factors then lie within exp(±35) and their products within exp(±70): neither near overflow nor near denormal numbers.
+FACTORED_SPAN = 70.0
 
 
 @dataclass
@@ -120,6 +120,8 @@ def head_gate(x: Operands, segment: Segment) -> HeadDecay:
         return HeadDecay(x.R, x.scale, rows[..., None], columns[..., None], half, total)
     future = torch.ones(C, C, dtype=torch.bool, device=G.device).triu_(1)
     # The exponent is masked, not the exponential: above the diagonal it is positive and may overflow.
-    inner = (G[:, :, None] - G[:, None, :]).masked_fill_(future, -torch.inf).exp_().mul_(x.scale).to(x.compute)
-    rows, columns = (G.exp() * x.scale).to(x.compute), (end - G).exp().to(x.compute)
+    inner = (G[:, :, None] - G[:, None, :]).to(x.wide).masked_fill_(future, -torch.inf)
+    inner = decay_factor(inner).mul_(x.scale).to(x.compute)
+    columns = decay_factor((end - G).to(x.wide)).to(x.compute)
+    rows = decay_factor(G.to(x.wide)).mul_(x.scale).to(x.compute)  # may reuse G, so it comes last
     return HeadDecay(x.R, x.scale, rows[..., None], columns[..., None], None, total, inner)
