@@ -204,8 +204,10 @@ class Launcher:
         use = self.use("gla_backward" if prepared is None else "gla_channel_backward")
         blocks = triton.cdiv(self.K, use["BK"])
         operands = (self.q, self.k, self.v, do, G, W, states, dstates, dq, dk)
+        dg: Tensor | None
         if prepared is not None:
             dv = self._output(prepared.kg, self.q, do, None, scores, dstates, reverse=True)
+            assert G is not None
             dg = torch.empty_like(G)
             if dq.numel():
                 channel_backward_kernel[(slots * blocks,)](
@@ -213,12 +215,12 @@ class Launcher:
                 )
         else:
             dv = self._output(self.k, self.q, do, G, None, dstates, reverse=True)
-            dg = None if G is None else self.empty(blocks, *G.shape, dtype=torch.float32)
+            parts = None if G is None else self.empty(blocks, *G.shape, dtype=torch.float32)
             if dq.numel():
                 backward_kernel[(slots * blocks,)](
-                    *operands, dg, H=self.H, K=self.K, tokens=self.B * self.T, GATE=self.gate, **common, **use
+                    *operands, parts, H=self.H, K=self.K, tokens=self.B * self.T, GATE=self.gate, **common, **use
                 )
-            dg = None if dg is None else dg[0] if blocks == 1 else dg.sum(0)
+            dg = None if parts is None else parts[0] if blocks == 1 else parts.sum(0)
         if self.HV != self.H:
             dq, dk = (x.view(self.B, self.T, self.H, -1, self.K).sum(3).to(self.q.dtype) for x in (dq, dk))
         return dq, dk, dv, dg
