@@ -25,9 +25,13 @@ __all__ = [
 
 def _triton_why_not(request: Request) -> str | None:
     objection = triton_objection(request)
-    if objection is None and importlib.util.find_spec("kernels.norm.triton") is None:
+    if objection is not None:
+        return objection
+    if importlib.util.find_spec("kernels.norm.triton") is None:
         return "kernels/norm/triton.py does not exist"
-    return objection
+    if request.shape["D"] > 8192:
+        return f"D = {request.shape['D']}: the Triton form holds a row of at most 8192 elements"
+    return None
 
 
 def _forms(function: str) -> tuple[Form, ...]:

@@ -22,9 +22,13 @@ __all__ = ["FORMS", "short_convolution", "short_convolution_step"]
 
 def _triton_why_not(request: Request) -> str | None:
     objection = triton_objection(request)
-    if objection is None and importlib.util.find_spec("kernels.short_conv.triton") is None:
+    if objection is not None:
+        return objection
+    if importlib.util.find_spec("kernels.short_conv.triton") is None:
         return "kernels/short_conv/triton.py does not exist"
-    return objection
+    if request.shape["W"] > 8:
+        return f"W = {request.shape['W']}: the Triton form unrolls at most 8 taps"
+    return None
 
 
 FORMS = (

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.norm import chunked, gated_rms_norm, l2_norm, reference, rms_norm
+from kernels.dispatch import Request, explain
+from kernels.norm import RMS_NORM_FORMS, chunked, gated_rms_norm, l2_norm, reference, rms_norm
 
 GATES = [(activation, first) for activation in ("silu", "sigmoid") for first in (True, False)]
 
@@ -124,3 +125,14 @@ def test_mixed_dtypes_strides_empty_and_autocast():
 def test_mistakes_are_named(call, word):
     with pytest.raises(ValueError, match=word):
         call()
+
+
+def test_triton_is_not_asked_for_rows_it_cannot_hold(monkeypatch):
+    monkeypatch.setattr("kernels.norm.triton_objection", lambda request: None)
+
+    def verdict(D):
+        request = Request("rms_norm", torch.device("cpu"), torch.float32, {"rows": 1, "D": D})
+        return dict(explain(RMS_NORM_FORMS, request))
+
+    assert verdict(8192)["triton"] == "chosen"
+    assert "8192" in verdict(8193)["triton"] and verdict(8193)["chunked"] == "chosen"

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kernels.short_conv import short_convolution, short_convolution_step
+from kernels.dispatch import Request, explain
+from kernels.short_conv import FORMS, short_convolution, short_convolution_step
 from kernels.short_conv.chunked import short_convolution_chunked
 from kernels.short_conv.reference import short_convolution_reference
 
@@ -171,3 +172,13 @@ def test_mistakes_are_named(change, word):
     arguments = {"x": torch.zeros(2, 8, 4), "weight": torch.zeros(4, 4)} | change
     with pytest.raises(ValueError, match=word):
         short_convolution(**arguments)
+
+
+def test_triton_is_not_asked_for_taps_it_cannot_unroll(monkeypatch):
+    monkeypatch.setattr("kernels.short_conv.triton_objection", lambda request: None)
+
+    def verdict(W):
+        return dict(explain(FORMS, Request("short_convolution", torch.device("cpu"), torch.float32, {"W": W})))
+
+    assert verdict(8)["triton"] == "chosen"
+    assert "8 taps" in verdict(9)["triton"] and verdict(9)["chunked"] == "chosen"
