@@ -46,7 +46,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
     },
     "delta_rule_gradients": {
         "generic": {"BV": 16, "num_warps": 8, "num_stages": 2},
-        "sm90": {"BV": 64, "num_warps": 8, "num_stages": 2},
+        "sm90": {"BV": 32, "num_warps": 8, "num_stages": 2},
         "gfx942": {**_AMD, "BV": 32},
         "gfx950": {**_AMD, "BV": 32},
     },
@@ -89,10 +89,16 @@ for _kernel in ("scan_forward", "scan_backward", "gradients"):
         **DEFAULTS[f"delta_rule_{_kernel}"],
         "sm90": {"BV": 32, "num_warps": 8, "num_stages": 1 if _kernel == "gradients" else 2},
     }
-DEFAULTS["delta_rule_channel_tiles_fp32"] = {
-    **DEFAULTS["delta_rule_channel_tiles"],
-    "sm90": {"BC": 32, "num_warps": 4},
-    "sm100": {"BC": 32, "num_warps": 4},
+for _case in ("fp32", "wide"):
+    DEFAULTS[f"delta_rule_channel_tiles_{_case}"] = {
+        **DEFAULTS["delta_rule_channel_tiles"],
+        "sm90": {"BC": 32, "num_warps": 4},
+        "sm100": {"BC": 32, "num_warps": 4},
+    }
+DEFAULTS["delta_rule_channel_gradients_wide"] = {
+    **DEFAULTS["delta_rule_channel_gradients"],
+    "sm90": {"BC": 16},
+    "sm100": {"BC": 16},
 }
 
 
