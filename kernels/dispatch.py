@@ -10,6 +10,7 @@ why; it never falls back in silence.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -53,13 +54,18 @@ class Form:
 
 def triton_objection(request: Request) -> str | None:
     """The objections that every Triton form shares."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if request.device.type != "cuda" and not interpreting():
         return f"the tensors are on {request.device.type}, Triton kernels run on CUDA or ROCm devices"
+    if not _installed("triton"):
+        return "triton is not installed"
     if request.dtype == torch.float64:
         return "float64 is served by the torch forms only"
     return None
+
+
+@functools.cache  # looking for a package walks the whole path: 40 microseconds, at every call of every operator
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def interpreting() -> bool:

@@ -38,7 +38,7 @@ def test_triton_serves_gpus_and_the_interpreter_but_not_float64(monkeypatch):
 
 
 def test_triton_objects_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "_installed", lambda name: False)
     assert dispatch.triton_objection(Request("op", torch.device("cuda"), torch.bfloat16)) == "triton is not installed"
 
 
