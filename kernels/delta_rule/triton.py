@@ -13,19 +13,11 @@ import torch
 from torch import Tensor
 
 from kernels.common.tiles import aligned
-from kernels.delta_rule.triton_call import (
-    Prepared,
-    Shape,
-    Walked,
-    channel_gate,
-    channel_gradients,
-    gradients,
-    prepare,
-    scan_backward,
-    scan_forward,
-    shape_of,
-)
+from kernels.delta_rule.triton_call import Prepared, channel_gate, prepare
+from kernels.delta_rule.triton_gradients import Walked, channel_gradients, gradients
+from kernels.delta_rule.triton_scans import scan_backward, scan_forward
 from kernels.delta_rule.triton_segments import join
+from kernels.delta_rule.triton_shape import Shape, shape_of
 
 
 def delta_rule_triton(
@@ -61,6 +53,7 @@ class _DeltaRule(torch.autograd.Function):
         else:
             summary = scan_forward(s, p, v, None, summary=True)
             transition = summary.transition
+            assert summary.final is not None and transition is not None
             initial, final = join(
                 s.segments, initial, summary.final, transition, final=output_final_state, reverse=False
             )
@@ -78,7 +71,8 @@ class _DeltaRule(torch.autograd.Function):
         s: Shape = ctx.shape
         v, initial, transition, inverse, attention, *rest = ctx.saved_tensors
         if s.gate == 2:
-            p = channel_gate(s, *rest, ctx.normalize, (inverse, attention))
+            q, k, beta, g = rest
+            p = channel_gate(s, q, k, beta, g, ctx.normalize, (inverse, attention))
         else:
             q_in, k_in, rates, cumulative, *factors = rest
             p = Prepared(q_in, k_in, k_in, rates, cumulative, None, inverse, attention, q_in, k_in, *factors)
@@ -91,12 +85,15 @@ class _DeltaRule(torch.autograd.Function):
             d_initial = reverse.d_initial
         else:
             parts = scan_backward(s, p, do, None, initial=True).d_initial
+            assert parts is not None
             d_final, d_initial = join(s.segments, d_final, parts, transition, final=wanted, reverse=True)
             reverse = scan_backward(s, p, do, d_final, keep=True)
+        assert forward.states is not None and forward.v_new is not None
+        assert reverse.d_states is not None and reverse.d_error is not None
         walked = Walked(forward.states, forward.v_new, reverse.d_states, reverse.d_error)
         if s.gate == 2:
             dq, dk, dv, dbeta, dg = channel_gradients(s, p, walked, v, do, ctx.dtypes)
-            dq, dk = (_through_normalization(x, y, ctx.normalize) for x, y in ((dq, rest[0]), (dk, rest[1])))
+            dq, dk = (_through_normalization(x, y, ctx.normalize) for x, y in ((dq, q), (dk, k)))
         else:
             dq, dk, dv, dbeta, dg = gradients(s, p, walked, v, do, ctx.dtypes)
         return dq, dk, dv, dbeta, dg, d_initial, None, None, None, None

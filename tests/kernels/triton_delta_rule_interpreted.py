@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels import tuning
 from kernels.common.chunks import packed_chunks
 from kernels.common.segments import segments_of
-from kernels.delta_rule import triton_call
+from kernels.delta_rule import triton_shape
 from kernels.delta_rule.reference import delta_rule_reference
 from kernels.delta_rule.triton import delta_rule_triton
 
@@ -103,7 +103,7 @@ def test_segments_join_to_the_whole(gate, cu, K):
 @pytest.mark.parametrize("gate", ["none", "head", "channel"])
 @pytest.mark.parametrize("cu", [None, PACKED])
 def test_descriptors(gate, cu, monkeypatch):
-    monkeypatch.setattr(triton_call, "descriptors_pay", lambda device: True)
+    monkeypatch.setattr(triton_shape, "descriptors_pay", lambda device: True)
     T = 64 if cu is None else 57
     compare(inputs(1, T, 1, 2, 16, 32, gate, N=None if cu is None else 6), cu=cu, normalize=True)
 
