@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     if (arguments.data / "manifest.json").exists():
         print(f"{arguments.data} is already there")
     else:
-        run(python("-m", "pretrain.data", "prepare", *sources(), "--output", str(arguments.data)))
+        run(
+            python(
+                "-m", "pretrain.data", "prepare", *sources(), "--vocabulary", "1024", "--output", str(arguments.data)
+            )
+        )
     title("2. Training, and an accident: the process is killed after its first checkpoint")
     if arguments.run.exists():
         shutil.rmtree(arguments.run)
@@ -91,12 +95,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def show(command: list[str]) -> None:
-    print(
-        "$ " + shlex.join(["python", *command[1:]])
-        if len(command) < 20
-        else "$ python " + " ".join(command[1:4]) + " ..."
-    )
-    sys.stdout.flush()
+    print("$ " + shlex.join(["python", *command[1:]]), flush=True)
 
 
 def run(command: list[str]) -> None:

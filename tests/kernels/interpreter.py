@@ -42,7 +42,7 @@ def run_interpreted(outer: str | Path, inner: str, *, select: str = "", timeout:
     """
     pytest.importorskip("triton")
     path = Path(outer).resolve().parent / inner
-    command = [sys.executable, "-m", "pytest", str(path), "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(path), "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
     if select:
         command += ["-k", select]
     environment = {
