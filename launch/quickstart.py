@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     title("4. What the model writes")
     run(
         python(
-            "-m", "pretrain.generate", "--checkpoint", str(arguments.run), "--prompt", "def read_lines(path):\n",
+            "-m", "pretrain.generate", "--checkpoint", str(arguments.run), "--prompt", "def read_lines(path):",
             "--tokens", "120", "--temperature", "0.6", "--seed", "1",
         )
     )  # fmt: skip
