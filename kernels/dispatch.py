@@ -32,7 +32,8 @@ class Request:
     device: torch.device
     dtype: torch.dtype  # of the main operand (q, x)
     shape: Mapping[str, int] = field(default_factory=dict)  # by letter: B T H HV K V D W N ...
-    options: Mapping[str, Any] = field(default_factory=dict)  # flags that matter: gate="none|head|channel", packed=bool, ...
+    # Flags that matter: gate="none|head|channel", packed=bool, ...
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
