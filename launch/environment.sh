@@ -25,13 +25,14 @@ find_python() {
 torch_of() {
   "$1" - 2>/dev/null <<'PY'
 import importlib.metadata as metadata, re
-version = metadata.version("torch")
-if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (2, 11):
+def version_of(package):
     try:
-        triton = metadata.version("triton")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        triton = ""
-    print(version, triton)
+        return ""
+torch = version_of("torch")
+if torch and tuple(map(int, re.findall(r"\d+", torch)[:2])) >= (2, 11):
+    print(torch, version_of("triton"))
 PY
 }
 
@@ -39,7 +40,7 @@ make_environment() {
   local extras="$1" base existing mark stamp constraints triton
   base=$(find_python) || return 1
   stamp=$(cat pyproject.toml launch/constraints.txt launch/environment.sh | "$base" -c 'import sys, hashlib; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')
-  existing=$(torch_of "$base")
+  existing=$(torch_of "$base") || return 1
   if [ -n "$existing" ] && "$base" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
     PYTHON=$("$base" -c 'import sys; print(sys.executable)') # an active virtual environment with torch: use it
     mark=".venv-marks/$("$base" -c 'import sys, hashlib; print(hashlib.sha256(sys.prefix.encode()).hexdigest()[:12])')"
