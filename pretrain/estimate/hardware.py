@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field
 
 from parallel.config import Strict
+from pretrain.exit import USAGE, Exit
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 
@@ -33,7 +34,14 @@ class Hardware(Strict):
 
 
 def read(path: Path) -> Hardware:
-    return Hardware.model_validate(yaml.safe_load(path.read_text()))
+    """A hardware file. Raises Exit (bad usage) when it is missing or not one."""
+    try:
+        return Hardware.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        known = ", ".join(str(file.relative_to(FOLDER.parents[1])) for file in sorted(FOLDER.glob("*.yaml")))
+        raise Exit(f"hardware = {path}: {error.strerror}; there is {known}", USAGE) from None
+    except ValueError as error:
+        raise Exit(f"hardware = {path}: not a hardware file: {' '.join(str(error).split())}", USAGE) from None
 
 
 def detect(device: torch.device) -> Hardware | None:
