@@ -40,7 +40,11 @@ make_environment() {
   local extras="$1" base existing mark stamp constraints triton
   base=$(find_python) || return 1
   stamp=$(cat pyproject.toml launch/constraints.txt launch/environment.sh | "$base" -c 'import sys, hashlib; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')
-  existing=$(torch_of "$base") || return 1
+  if [ "$("$base" -c 'import os, sys; print(os.path.realpath(sys.prefix))')" = "$(realpath -m .venv)" ]; then
+    existing="" # our own environment, activated
+  else
+    existing=$(torch_of "$base") || return 1
+  fi
   if [ -n "$existing" ] && "$base" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
     PYTHON=$("$base" -c 'import sys; print(sys.executable)') # an active virtual environment with torch: use it
     mark=".venv-marks/$("$base" -c 'import sys, hashlib; print(hashlib.sha256(sys.prefix.encode()).hexdigest()[:12])')"
@@ -48,10 +52,14 @@ make_environment() {
   else
     PYTHON="$PWD/.venv/bin/python"
     mark=.venv/braid-ready
-    if ! "$PYTHON" -c '' 2>/dev/null; then
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
       echo "making a virtual environment in .venv"
+      base=$("$base" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
       rm -rf .venv
-      "$base" -m venv ${existing:+--system-site-packages} .venv || return 1
+      if ! "$base" -m venv ${existing:+--system-site-packages} .venv; then
+        echo "error: $base cannot make virtual environments; install its venv package (on Debian: python3-venv)" >&2
+        return 1
+      fi
     fi
   fi
   if [ "$(cat "$mark" 2>/dev/null)" = "$stamp $extras" ] || [ "$(cat "$mark-all" 2>/dev/null)" = "$stamp" ]; then

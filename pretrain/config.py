@@ -37,7 +37,7 @@ class TrainConfig(Strict):
     seed: int = Field(0, ge=0)
     """Seed of the initial weights; data.seed fixes the order of the data."""
     bad_steps: int = Field(10, ge=1)
-    """Steps in a row with a non-finite loss or gradient, all of them skipped, after which the run ends with exit code 79."""
+    """Steps in a row with a gradient that is not finite, all of them skipped, after which the run ends with exit code 79."""
 
 
 class CheckpointConfig(Strict):

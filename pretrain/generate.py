@@ -95,11 +95,12 @@ def generate(
     seed: int = 0,
     samples: int = 1,
     end: int | None = None,
+    vocabulary: int | None = None,
 ) -> list[list[int]]:
     """Token ids written after `prompt` (at least one id), one list a sample, each ending before the `end` token.
 
-    The prompt is read once in parallel; then every token costs one step: attention reads its key/value cache, linear mixers
-    their state.
+    vocabulary: how many ids the tokenizer knows; the model may have more, as padding. The prompt is read once in parallel; then
+    every token costs one step: attention reads its key/value cache, linear mixers their state.
     """
     import torch
 
@@ -115,7 +116,7 @@ def generate(
     open_samples = set(range(samples))
     with torch.inference_mode():
         for _ in range(tokens):
-            logits = model(step, cache=cache, last_only=True)[:, -1]
+            logits = model(step, cache=cache, last_only=True)[:, -1, :vocabulary]
             step = choose(logits, temperature, top_k, top_p, generator)
             for sample, token in enumerate(step[:, 0].tolist()):
                 if token == end:
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model, tokenizer = load(arguments.checkpoint, device=arguments.device)
     except Exception as error:
-        code = getattr(error, "exit_code", None)
+        code = getattr(error, "exit_code", 2 if isinstance(error, ValueError) else None)
         if code is None:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = generate(
         model, prompt, tokens=arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k,
         top_p=arguments.top_p, seed=arguments.seed, samples=arguments.samples, end=tokenizer.eos,
+        vocabulary=tokenizer.vocabulary_size,
     )  # fmt: skip
     for number, ids in enumerate(texts, start=1):
         if arguments.samples > 1:

@@ -13,7 +13,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "pretrain":
 
 EXAMPLES = """examples:
   python pretrain/main.py --config configs/runs/quickstart.yaml
-  torchrun --nproc-per-node 2 pretrain/main.py --config configs/runs/quickstart.yaml train.steps=200 run=runs/two
+  torchrun --nproc-per-node 2 pretrain/main.py --config configs/runs/quickstart.yaml train.micro_batch=4 run=runs/two
   deepspeed pretrain/main.py --config configs/runs/quickstart.yaml engine.kind=deepspeed engine.stage=2
   python pretrain/main.py --config configs/runs/quickstart.yaml --print-config
 
@@ -71,9 +71,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(message: str, code: int) -> int:
-    """One rank speaks; all leave with the same code."""
-    if os.environ.get("RANK", "0") == "0":
+    """Rank 0 speaks, for all ranks leave with the same error; but what is wrong with data, perhaps one rank alone has seen."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"error: {message}", file=sys.stderr)
+    elif code == 77:
+        print(f"error on rank {rank}: {message}", file=sys.stderr)
     return code
 
 

@@ -30,6 +30,18 @@ class DeepSpeedConfig(Strict):
         return DeepSpeedEngine(self, model, optimizer, mesh, clip)
 
 
+class _KeepAutocast(nn.Module):
+    """DeepSpeed turns a caller's autocast off inside its forward (on GPUs only); this turns it on again below."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, autocast: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(**autocast):
+            return self.model(*args, **kwargs)
+
+
 class DeepSpeedEngine(Engine):
     def __init__(self, config: DeepSpeedConfig, model: nn.Module, optimizer: Any, mesh: Mesh, clip: float | None):
         import deepspeed  # 1.5 s, and only for those who ask for it
@@ -50,12 +62,18 @@ class DeepSpeedEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": clip or 0.0,
         }
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=settings)
+        self.device = next(model.parameters()).device.type
+        self.engine, *_ = deepspeed.initialize(model=_KeepAutocast(model), optimizer=optimizer(model), config=settings)
         self.zero: Any = self.engine.optimizer
         self.names = dict(model.named_parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.engine(*args, **kwargs)
+        autocast = {
+            "device_type": self.device,
+            "dtype": torch.get_autocast_dtype(self.device),
+            "enabled": torch.is_autocast_enabled(self.device),
+        }
+        return self.engine(autocast, *args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

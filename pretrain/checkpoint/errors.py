@@ -11,6 +11,8 @@ class CheckpointError(RuntimeError):
     After a failed save nothing is left behind, earlier checkpoints are as they were, and training may go on.
     """
 
+    exit_code = 1
+
 
 class NoLoadableCheckpoint(Exit):
     """Checkpoints exist, but none can be loaded. Starting from scratch would hide the loss, so the job ends (78)."""

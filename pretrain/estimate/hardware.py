@@ -40,7 +40,7 @@ def read(path: Path) -> Hardware:
     except OSError as error:
         known = ", ".join(str(file.relative_to(FOLDER.parents[1])) for file in sorted(FOLDER.glob("*.yaml")))
         raise Exit(f"hardware = {path}: {error.strerror}; there is {known}", USAGE) from None
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise Exit(f"hardware = {path}: not a hardware file: {' '.join(str(error).split())}", USAGE) from None
 
 

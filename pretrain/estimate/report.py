@@ -20,7 +20,9 @@ def report(config: RunConfig) -> str:
     """Parameters, FLOPs and bytes of a run at the world size of the environment (WORLD_SIZE, or mesh.dp)."""
     if config.model.vocabulary is None:
         try:
-            config = with_vocabulary(config, Corpus.open(config.data.path).vocabulary_size)
+            config = with_vocabulary(
+                config, Corpus.open(config.data.path, tokenizer=config.data.tokenizer).vocabulary_size
+            )
         except Exception as error:
             raise ConfigError(f"{error} (or set model.vocabulary to estimate without data)") from None
     with torch.device("meta"):
@@ -59,7 +61,11 @@ def _rows(config: RunConfig, model: Decoder, ranks: int) -> list[tuple[str, str]
 def _sharded_bytes(config: RunConfig, parameters: int, ranks: int) -> float:
     """Bytes a rank for fp32 parameters (4), gradients (4) and two AdamW moments (8), as the engine spreads them."""
     if config.engine.kind == "torch":
-        return 16.0 * parameters / ranks
+        accumulates = (
+            config.train.batch > ranks * config.train.micro_batch and not config.engine.reduce_each_micro_batch
+        )
+        gradients = 4.0 if accumulates and ranks > 1 else 4.0 / ranks  # whole ones stay until the last micro-batch
+        return parameters * (12.0 / ranks + gradients)
     # ZeRO keeps whole parameters on every rank, besides its share of the fp32 copy and of the moments.
     gradients = 4.0 / ranks if config.engine.stage == 2 else 4.0
     return parameters * (4.0 + gradients + 12.0 / ranks)

@@ -17,9 +17,10 @@ class Balance(Callback):
         loads = [router.load for router in routers.values()]
         # One reduction for all layers: every rank then moves the biases by the same numbers.
         total = run.processes.sum_(torch.cat(loads))
+        counted = math.isfinite(run.record["grad_norm"])  # a skipped step moves nothing, and its logits may be NaN
         entropy = {}
         for (name, router), load in zip(routers.items(), total.split([load.numel() for load in loads])):
-            router.rebalance(load)
+            router.rebalance(load if counted else torch.zeros_like(load))
             entropy[name] = round(load_entropy(load), 4)
         run.record["load_entropy"] = entropy
 

@@ -40,10 +40,10 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
 
     Raises ConfigError for what the configuration gets wrong, DataError for missing or damaged data, NoLoadableCheckpoint.
     """
-    mesh = _or_usage(lambda: Mesh(config.mesh, job))
+    mesh = or_usage(lambda: Mesh(config.mesh, job))
     corpus, validation = open_data(config)
     config = with_vocabulary(config, corpus.vocabulary_size)
-    loader = _or_usage(
+    loader = or_usage(
         lambda: Loader(
             corpus,
             sequence_length=config.data.sequence_length,
@@ -66,7 +66,7 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
         agreement=agreement,
     )
     checkpoints.sweep()
-    resumed = _or_usage(lambda: restore(run, checkpoints, loader))
+    resumed = or_usage(lambda: restore(run, checkpoints, loader))
     if job.first:
         _write_config(config, corpus)
     return Assembled(run, mesh, loader, checkpoints, validation, resumed)
@@ -82,6 +82,7 @@ def open_data(config: RunConfig) -> tuple[Corpus, Corpus]:
             f"data.path = {data.path} is a bare Megatron pair, which has no validation split; set data.validation_path"
         )
     if data.validation_path is not None:
+        options = {"vocabulary_size": corpus.vocabulary_size, "tokenizer": corpus.tokenizer_path}
         return corpus, Corpus.open(data.validation_path, "validation", **options)
     return corpus, Corpus.open(data.path, "validation")
 
@@ -89,7 +90,7 @@ def open_data(config: RunConfig) -> tuple[Corpus, Corpus]:
 T = TypeVar("T")
 
 
-def _or_usage(build: Callable[[], T]) -> T:
+def or_usage(build: Callable[[], T]) -> T:
     """What a ValueError says while the job is being put together is something to correct in the configuration."""
     try:
         return build()
@@ -101,7 +102,7 @@ def _or_usage(build: Callable[[], T]) -> T:
 
 def build_model(config: RunConfig) -> Decoder:
     """The model of a run. Raises ConfigError for sizes that do not fit."""
-    return _or_usage(lambda: Decoder(config.model))
+    return or_usage(lambda: Decoder(config.model))
 
 
 def with_vocabulary(config: RunConfig, tokenizer: int | None) -> RunConfig:

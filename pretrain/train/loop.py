@@ -19,7 +19,7 @@ from pretrain.estimate import flops, hardware
 from pretrain.exit import FINISHED, NUMERICAL, PREEMPTED, Exit
 from pretrain.model.decoder import Decoder
 from pretrain.train.balance import Balance
-from pretrain.train.build import Assembled, assemble
+from pretrain.train.build import Assembled, assemble, or_usage
 from pretrain.train.callback import Callback, Run
 from pretrain.train.metrics import Metrics
 from pretrain.train.plot import LossCurve
@@ -33,7 +33,7 @@ from pretrain.train.validation import Validation
 def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
     """Trains, or goes on training, and returns the exit code. `extra` callbacks run before the built-in ones."""
     with Signals() as signals:
-        job = processes.join(config.train.device, group_for_one=config.engine.kind == "deepspeed")
+        job = or_usage(lambda: processes.join(config.train.device, group_for_one=config.engine.kind == "deepspeed"))
         try:
             agreement = Agreement()
             with Lease(config.run, agreement=agreement):
@@ -57,14 +57,14 @@ class Loop:
         self.run, self.parts, self.flag = parts.run, parts, flag
         config = parts.run.config
         self.progress = Progress(config.log.every)
-        # The order matters: balancing completes the record, saving comes after it (the checkpoint holds the moved biases).
+        # The order matters: balancing completes the record; saving comes last, so that a saved step lacks nothing.
         self.callbacks: list[Callback] = [
             *extra,
             Balance(),
             Metrics(config.log.tensorboard),
             self.progress,
-            Save(parts.checkpoints, parts.loader, self.progress),
             Validation(parts.validation, self.progress),
+            Save(parts.checkpoints, parts.loader, self.progress),
             LossCurve(),
         ]
         self.bad_steps = 0

@@ -32,7 +32,7 @@ class Metrics(Callback):
     def on_step(self, run: Run) -> None:
         if self.file is None:
             return
-        self.file.write(json.dumps(_finite(run.record), allow_nan=False) + "\n")
+        self.file.write(json.dumps(finite(run.record), allow_nan=False) + "\n")
         if self.writer is not None:
             for key, value in run.record.items():
                 if isinstance(value, int | float) and key != "step":
@@ -45,7 +45,7 @@ class Metrics(Callback):
             self.writer.close()
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
+def finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no NaN: a value that is not finite becomes null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()

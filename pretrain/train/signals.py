@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 from pretrain.exit import PREEMPTED
 
+PATIENCE = 10.0  # seconds
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -18,11 +20,14 @@ class Preempted(SystemExit):
 
 
 class Signals:
-    """Notes the first signal. Until `armed` (nothing trained yet) and at the second signal it leaves at once."""
+    """Notes the first signal. Until `armed` (nothing trained yet) it leaves at once; later, a signal that comes again after
+    PATIENCE seconds does. Sooner it is the same request: a scheduler may signal the launcher, which passes it on, and us.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.armed = False
+        self.since = 0.0
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.signal(number, self._note) for number in WATCHED}
@@ -35,6 +40,9 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None or not self.armed:
+        if not self.armed or (self.received is not None and time.monotonic() - self.since > PATIENCE):
             raise Preempted
+        if self.received is not None:
+            return
+        self.since = time.monotonic()
         self.received = signal.Signals(number).name

@@ -10,6 +10,7 @@ from pretrain.data.store import Corpus
 from pretrain.data.validation import ValidationSet
 from pretrain.evaluate.perplexity import score
 from pretrain.train.callback import Callback, Run
+from pretrain.train.metrics import finite, keep_until
 from pretrain.train.progress import Progress
 
 FILE = "validation.jsonl"
@@ -21,13 +22,13 @@ class Validation(Callback):
 
     def on_start(self, run: Run) -> None:
         if run.processes.first:
-            from pretrain.train.metrics import keep_until
-
-            keep_until(run.folder / FILE, run.step)
+            # A finished run that is started again validates again: its last line is replaced.
+            finished = run.step >= run.config.train.steps
+            keep_until(run.folder / FILE, run.step - 1 if finished else run.step)
 
     def on_step(self, run: Run) -> None:
         every = run.config.validation.every
-        if every is not None and run.step % every == 0 and not run.last:
+        if every is not None and run.step % every == 0 and run.step < run.config.train.steps:
             self.validate(run, run.config.validation.sequences)
 
     def on_end(self, run: Run) -> None:
@@ -51,4 +52,4 @@ class Validation(Callback):
         self.progress.say(f"step {run.step}: validation loss {result['validation_loss']:.4f}{bits}  ({scope})")
         if processes.first:
             with (run.folder / FILE).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite(record), allow_nan=False) + "\n")

@@ -34,7 +34,7 @@ WRONG = [
     ("train=5", "train = 5: should be a section with keys of its own"),
     ("train.steps=null", "train.steps = None: input should be a valid integer"),
     ("data.path=", "data.path = None: should be a path"),
-    ("train.steps.x=3", "override 'train.steps.x=3': train.steps is the value 400, not a section with keys"),
+    ("train.steps.x=3", "override 'train.steps.x=3': train.steps is the value 1000, not a section with keys"),
     ("model.layers.9=a", "override 'model.layers.9=a': '9' is not a position in a list of 3; count from 0"),
     ("steps", "override 'steps' cannot be read; write key.sub=value"),
     ("train.steps=[1", "override 'train.steps=[1': the value is not valid YAML"),

@@ -88,7 +88,7 @@ def test_clipping_limits_the_update_and_reports_the_norm_before_it(corpus: Path,
     assert total[1] / total[0] == pytest.approx(0.5, rel=0.1)
 
 
-def test_first_signal_is_noted_once_there_is_state_and_the_second_leaves() -> None:
+def test_first_signal_is_noted_once_there_is_state_and_a_later_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     with Signals() as signals:
         with pytest.raises(Preempted) as early:  # nothing trained yet: leave at once
             os.kill(os.getpid(), signal.SIGTERM)
@@ -96,6 +96,9 @@ def test_first_signal_is_noted_once_there_is_state_and_the_second_leaves() -> No
         signals.armed = True
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.received == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: the same request by another way
+        assert signals.received == "SIGUSR1"
+        monkeypatch.setattr("pretrain.train.signals.PATIENCE", 0.0)
         with pytest.raises(Preempted):
             os.kill(os.getpid(), signal.SIGTERM)
 
