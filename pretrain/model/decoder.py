@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from parallel.config import Strict
-from pretrain.model.block import Block
+from pretrain.model.block import Block, BlockConfig
 from pretrain.model.cache import DecoderCache
-from pretrain.model.ffns.moe import MoE
+from pretrain.model.multi_token import IGNORED, MultiToken, MultiTokenConfig, following
 from pretrain.model.norm import RMSNorm
 from pretrain.model.pattern import expand
-from pretrain.model.router import Router
+from pretrain.model.router import Balanced
 from pretrain.model.sequence import SequenceContext
-from pretrain.model.sublayer import FFNConfig, MixerConfig, Sublayer, by_kind, init_normal
+from pretrain.model.sublayer import Carry, FFNConfig, MixerConfig, Sublayer, by_kind, init_normal, linear_flops
 
 if TYPE_CHECKING:
     AnyMixer: TypeAlias = MixerConfig
@@ -42,18 +42,35 @@ class DecoderConfig(Strict):
     """The pattern, for example [gdn + moe x3, attention + moe]."""
     repeat: int = Field(1, ge=1)
     """How often the pattern is repeated."""
+    block: BlockConfig = BlockConfig()
+    multi_token: MultiTokenConfig | None = None
+    """Predict the token after next as well, with one extra layer during training."""
     tie_embeddings: bool = True
     norm_eps: float = Field(1e-6, gt=0)
     init_std: float = Field(0.02, gt=0)
-    """Standard deviation of initial weights; those that write to the residual stream are divided by sqrt(2 * layers)."""
+    """Standard deviation of initial weights; those that write to the residual stream are divided by the square root of
+    their number (two a layer, more in stacks)."""
 
     @model_validator(mode="after")
     def _pattern_is_defined(self) -> DecoderConfig:
         self.pattern()
+        self.extra_layer()
+        unknown = [name for name in self.block.norm_of if name not in self.mixers]
+        if unknown:
+            raise ValueError(f"block.norm_of names {unknown[0]!r}, but mixers defines only {', '.join(self.mixers)}")
         return self
 
     def pattern(self) -> list[tuple[str, str]]:
         return expand(self.layers, self.repeat, list(self.mixers), list(self.ffns))
+
+    def extra_layer(self) -> tuple[str, str] | None:
+        """(mixer name, FFN name) of the multi-token layer."""
+        if self.multi_token is None:
+            return None
+        pairs = expand([self.multi_token.layer], 1, list(self.mixers), list(self.ffns))
+        if len(pairs) != 1:
+            raise ValueError(f"multi_token.layer = {self.multi_token.layer!r}: exactly one layer, without a count")
+        return pairs[0]
 
 
 class Decoder(nn.Module):
@@ -66,21 +83,45 @@ class Decoder(nn.Module):
         self.config = config
         width = config.width
         self.embedding = nn.Embedding(config.vocabulary, width)
-        self.blocks = nn.ModuleList()
-        for mixer, ffn in config.pattern():
-            sublayers = config.mixers[mixer].build(width), config.ffns[ffn].build(width)
-            self.blocks.append(Block(width, *sublayers, config.norm_eps))
-        self.norm = RMSNorm(width, config.norm_eps)
+        if config.block.residual_scaling:
+            self.embedding_scale = nn.Parameter(torch.ones(width))
+            self.embedding_bias = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(self._block(*names) for names in config.pattern())
+        self.norm = RMSNorm(width, config.norm_eps, config.block.zero_centered_norms)
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocabulary, bias=False)
+        extra = config.extra_layer()
+        self.multi_token = MultiToken(width, config.norm_eps, self._block(*extra)) if extra else None
+        self._place()
         self.reset_parameters()
+
+    def _block(self, mixer: str, ffn: str) -> Block:
+        config, width = self.config, self.config.width
+        placement = config.block.norm_of.get(mixer, config.block.norm)
+        return Block(
+            width,
+            config.mixers[mixer].build(width),
+            config.ffns[ffn].build(width),
+            config.norm_eps,
+            config.block,
+            placement,
+        )
+
+    def _place(self) -> None:
+        """Tells every sublayer which one of its definition it is: some depend on depth."""
+        pattern = self.config.pattern()
+        for position, part in ((0, "mixer"), (1, "ffn")):
+            names = [pair[position] for pair in pattern]
+            for index, (name, block) in enumerate(zip(names, self.blocks)):
+                getattr(block, part).place(names[:index].count(name), names.count(name))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         std = self.config.init_std
         init_normal(self, std)
         for module in self.modules():
-            if isinstance(module, MoE | Router):
-                module.reset_parameters(std)
+            init_weights = getattr(type(module), "init_weights", None)
+            if init_weights is not None:
+                init_weights(module, std)
         writes = [weight for part in self.sublayers() for weight in part.output_projections()]
         for weight in writes:
             weight.div_(math.sqrt(max(1, len(writes))))
@@ -98,39 +139,75 @@ class Decoder(nn.Module):
         tokens: int64 [B, T]. targets: int64 [B, T], -100 where there is none. cu_seqlens: int32 [N+1], the borders of packed
         sequences (then B = 1): no layer looks across them. cache: tokens follow those it has seen; it is updated in place.
         last_only: logits of the last position only, [B, 1, vocabulary].
+
+        In training, auxiliary losses (balancing, multi-token prediction) join the gradient but not the value that is returned.
         """
         sequence = SequenceContext.of(tokens, cu_seqlens, cache.length if cache is not None else 0)
-        x = self.embedding(tokens)
+        x, carry = self.embed(tokens), Carry()
         for index, block in enumerate(self.blocks):
-            x = block(x, sequence, cache.layers[index] if cache is not None else None)
+            x, carry = block(x, sequence, cache.layers[index] if cache is not None else None, carry)
         if cache is not None:
             cache.length += tokens.shape[1]
-        x = self.norm(x[:, -1:] if last_only else x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        if targets is not None:
-            return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction="sum")
-        return nn.functional.linear(x, weight).float()
+        if targets is None:
+            return self.logits(x[:, -1:] if last_only else x)
+        loss = self.loss(x, targets)
+        if self.training and self.multi_token is not None:
+            carry = self._predict_further(x, tokens, targets, sequence, carry)
+        if carry.auxiliary is not None:
+            loss = loss + (carry.auxiliary - carry.auxiliary.detach())
+        return loss
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] -> the residual stream [B, T, D], fp32 whatever the weights' dtype."""
+        x = self.embedding(tokens)
+        return (x + self.embedding_bias) * self.embedding_scale if self.config.block.residual_scaling else x.float()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The stream after the last layer [B, T, D] -> fp32 [B, T, vocabulary]."""
+        return nn.functional.linear(self._normed(x), self._head_weight()).float()
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The stream after the last layer [B, T, D] and targets [B, T] -> summed cross entropy, fp32 scalar."""
+        return linear_cross_entropy(
+            self._normed(x).flatten(0, 1), self._head_weight(), targets.flatten(), reduction="sum"
+        )
+
+    def _normed(self, x: Tensor) -> Tensor:
+        x, device = self.norm(x), x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _predict_further(
+        self, x: Tensor, tokens: Tensor, targets: Tensor, sequence: SequenceContext, carry: Carry
+    ) -> Carry:
+        assert self.multi_token is not None and self.config.multi_token is not None
+        # The last place of a sequence has no following token: what stands there is never scored and no earlier place sees it.
+        following_tokens = following(tokens, sequence.cu_seqlens, 0)
+        following_targets = following(targets, sequence.cu_seqlens, IGNORED)
+        y, carry = self.multi_token(x, self.embedding(following_tokens), sequence, carry)
+        return carry.add(self.config.multi_token.weight * self.loss(y, following_targets))
 
     def new_cache(self) -> DecoderCache:
         return DecoderCache.empty(len(self.blocks))
 
     def sublayers(self) -> Iterator[Sublayer]:
         """Every mixer and FFN, in the order of the forward pass."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            yield block.mixer
-            yield block.ffn
+        extra = [] if self.multi_token is None else [self.multi_token.block]
+        for block in [*self.blocks, *extra]:
+            yield cast(Block, block).mixer
+            yield cast(Block, block).ffn
 
-    def routers(self) -> dict[str, Router]:
-        """Every MoE layer's router by name."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+    def routers(self) -> dict[str, Balanced]:
+        """Every router that the trainer balances, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Balanced)}
 
     def flops_per_token(self, context: float) -> float:
-        """Forward FLOPs for one token that sees `context` keys on average; the output head included, the look-up not."""
-        head = 2.0 * self.embedding.weight.shape[0] * self.embedding.weight.shape[1]
+        """Forward FLOPs in training for one token that sees `context` keys on average; the head included, the look-up not."""
+        head = linear_flops(self.embedding.weight)
+        if self.multi_token is not None:
+            head += head + linear_flops(self.multi_token.join.weight)
         return head + sum(part.flops_per_token(context) for part in self.sublayers())
 
     def active_parameters(self) -> int:

@@ -9,12 +9,17 @@ from kernels import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x [..., D] -> x / rms(x) * weight; statistics in fp32."""
+    """x [..., D] -> x / rms(x) * weight, in the weight's dtype; statistics in fp32.
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    zero_centered: the weight is kept as its difference from 1 (as in Gemma and Qwen3-Next), so that weight decay pulls
+    the scale towards 1.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, zero_centered: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width) if zero_centered else torch.ones(width))
+        self.eps, self.zero_centered = eps, zero_centered
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        weight = 1.0 + self.weight if self.zero_centered else self.weight
+        return rms_norm(x, weight, self.eps).to(self.weight.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Discriminator, Tag
@@ -26,10 +26,31 @@ class SublayerConfig(Strict):
         raise NotImplementedError
 
 
+class Carry(NamedTuple):
+    """What goes from layer to layer besides the residual stream: plain tensors, so that a layer stays a function of its inputs.
+
+    router_state: [B, T, R], the previous routing layer's state where routers average over depth; None before the first.
+    auxiliary: fp32 scalar, the auxiliary losses so far in nats, summed over the tokens of this call; None when there is none.
+    """
+
+    router_state: Tensor | None = None
+    auxiliary: Tensor | None = None
+
+    def add(self, loss: Tensor) -> Carry:
+        """With one more auxiliary loss (nats, summed over tokens)."""
+        return self._replace(auxiliary=loss if self.auxiliary is None else self.auxiliary + loss)
+
+
 class Sublayer(nn.Module):
-    """What the decoder asks of any sublayer."""
+    """What the decoder asks of any sublayer.
+
+    A module with weight matrices outside nn.Linear and nn.Embedding has `init_weights(std)`, which the decoder calls.
+    """
 
     owns_residual = False  # True: the module normalises its input and adds the residual itself (Hourglass)
+
+    def place(self, index: int, count: int) -> None:
+        """Called once, before the weights are drawn: this is number `index` of the `count` sublayers of its definition."""
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs for one token (a multiply-add counts 2), `context` being the mean number of keys it can see."""
@@ -51,8 +72,23 @@ class Mixer(Sublayer):
 
 
 class FFN(Sublayer):
+    """x [B, T, D] -> [B, T, D]; every token by itself. A `contextual` one subclasses ContextualFFN instead."""
+
+    contextual = False
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; every token by itself."""
+        raise NotImplementedError
+
+
+class ContextualFFN(Sublayer):
+    """A channel sublayer that needs more than a token's own channels: its router's state, its sequence, a balancing loss."""
+
+    contextual = True
+
+    def forward(
+        self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None, carry: Carry
+    ) -> tuple[Tensor, Carry]:
+        """x [B, T, D] -> ([B, T, D], the carry for the next layer). With a cache, as for a mixer."""
         raise NotImplementedError
 
 
@@ -66,7 +102,7 @@ class MixerConfig(SublayerConfig):
 class FFNConfig(SublayerConfig):
     """Base of the FFNs' configs."""
 
-    def build(self, width: int) -> FFN:
+    def build(self, width: int) -> FFN | ContextualFFN:
         raise NotImplementedError
 
 

@@ -57,7 +57,7 @@ class MoE(FFN):
         self.dispatch: Dispatcher = experts
 
     @torch.no_grad()
-    def reset_parameters(self, std: float) -> None:
+    def init_weights(self, std: float) -> None:
         self.gate_up.normal_(0.0, std)
         self.down.normal_(0.0, std)
 

@@ -119,7 +119,7 @@ def test_parameter_and_flop_counts_by_hand() -> None:
 def test_router_bias_moves_the_choice_but_not_the_weights() -> None:
     torch.manual_seed(0)
     router = Router(8, 4, 2, "sigmoid", 1.0, 0.1)
-    router.reset_parameters(0.5)
+    router.init_weights(0.5)
     x = torch.randn(100, 8)
     _, scores = router(x)
     torch.testing.assert_close(scores.sum(dim=-1), torch.ones(100))
@@ -133,7 +133,7 @@ def test_router_bias_moves_the_choice_but_not_the_weights() -> None:
 def test_balancing_moves_bias_towards_starved_experts_and_evens_the_load() -> None:
     torch.manual_seed(0)
     router = Router(8, 4, 1, "softmax", 1.0, 0.01)
-    router.reset_parameters(0.5)
+    router.init_weights(0.5)
     x = torch.randn(400, 8) + 1.0  # a common direction: some experts start with nearly everything
     router(x)
     start = router.load.clone()

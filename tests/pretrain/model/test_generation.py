@@ -40,7 +40,7 @@ def test_recurrent_cache_does_not_grow_and_window_cache_is_bounded() -> None:
             model(tokens(1, 1, seed=position), cache=cache)
             sizes.append(cache.bytes())
     assert sizes[4:] == [sizes[4]] * 16
-    assert cache.layers[1]["k"].shape[1] == 4  # a window of 5 keys: the 4 before the next token
+    assert cache.layers[1].mixer["k"].shape[1] == 4  # a window of 5 keys: the 4 before the next token
 
 
 def test_greedy_generation_is_the_argmax_of_the_full_forward() -> None:
