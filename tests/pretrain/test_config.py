@@ -12,7 +12,7 @@ from pretrain.config import ConfigError, RunConfig, dump, load
 QUICKSTART = "configs/runs/quickstart.yaml"
 
 WRONG = [
-    ("model.widht=3", "model.widht: unknown key; did you mean 'width'? valid keys: ffns, init_std, layers"),
+    ("model.widht=3", "model.widht: unknown key; did you mean 'width'? valid keys: block, ffns, init_std, layers"),
     ("model.width=abc", "model.width = 'abc': input should be a valid integer"),
     ("model.width=0", "model.width = 0: input should be greater than or equal to 1"),
     ("model.mixers.gdn.head=3", "model.mixers.gdn.head: unknown key; did you mean 'heads'?"),

@@ -1,4 +1,12 @@
-"""Softmax attention with grouped key/value heads, partial rotary positions, optional q/k norm and sliding window."""
+"""Softmax attention with grouped key/value heads; full or sliding-window; full, partial or no rotary positions.
+
+    q, k, v = W x [+ b],   q and k optionally RMS-normalised, then rotated
+    o_i = sum_j softmax_j(scale * q_i . k_j) v_j,   y = W_o (o [* sigmoid(W_g x)]) [+ b_o]
+
+Sources: grouped queries: Ainslie et al. 2023 (arXiv 2305.13245); q/k norm per head: Dehghani et al. 2023 (arXiv 2302.05442);
+over the whole projection: OLMo 2 (arXiv 2501.00656, section 3); the output gate: Qiu et al. 2025 (arXiv 2505.06708), as in
+Qwen3-Next. `heads * head_dim` may differ from the model's width.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import attention, rms_norm
-from pretrain.model.rotary import apply_rotary
+from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
@@ -26,7 +34,21 @@ class AttentionConfig(MixerConfig):
     """Share of each head's channels that is rotated; 0 for no positions at all (NoPE)."""
     rope_theta: float = Field(10_000.0, gt=0)
     qk_norm: bool = True
-    """RMSNorm on each head's query and key before the rotation."""
+    """RMSNorm on queries and keys before the rotation."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """What one norm runs over: each head by itself (Qwen3), or all heads' channels together (OLMo 2)."""
+    zero_centered_norm: bool = False
+    """The q/k norm multiplies by 1 + weight in place of weight, so that weight decay pulls towards 1 (Qwen3-Next)."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Added to the mean square in the q/k norm."""
+    output_gate: bool = False
+    """Multiply the heads' output by sigmoid(W_g x), one gate a channel (Qwen3-Next)."""
+    qkv_bias: bool = False
+    """Biases on the query, key, value and gate projections (Qwen2)."""
+    out_bias: bool = False
+    """A bias on the output projection."""
+    scale: float | None = Field(None, gt=0)
+    """Factor on the scores before the softmax; 1 / sqrt(head_dim) when left out."""
     window: int | None = Field(None, ge=1)
     """Sliding window: how many keys a query sees, itself included; all earlier ones when left out."""
 
@@ -42,43 +64,79 @@ class Attention(Mixer):
             config.head_dim is not None or width % self.heads == 0,
             f"heads={self.heads} does not divide width={width}; set head_dim or change heads",
         )
+        require_groups(self.heads, self.kv_heads)
         require(
-            self.heads % self.kv_heads == 0,
-            f"kv_heads={self.kv_heads} does not divide heads={self.heads}; choose a divisor",
+            config.qk_norm or not config.zero_centered_norm,
+            "zero_centered_norm=True has no norm to act on with qk_norm=False; set qk_norm=True or leave it out",
         )
         self.head_dim = config.head_dim or width // self.heads
-        self.rotary_dim = int(self.head_dim * config.rope_fraction) // 2 * 2
-        self.rope_theta, self.window = config.rope_theta, config.window
+        self.rotary_dim = rotary_channels(self.head_dim, config.rope_fraction)
+        self.rope_theta, self.window, self.scale = config.rope_theta, config.window, config.scale
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.sections = (q_width, kv_width, kv_width)
-        self.qkv = nn.Linear(width, sum(self.sections), bias=False)
-        self.out = nn.Linear(q_width, width, bias=False)
-        self.q_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
+        self.qkv = nn.Linear(width, sum(self.sections), bias=config.qkv_bias)
+        self.gate = nn.Linear(width, q_width, bias=config.qkv_bias) if config.output_gate else None
+        self.out = nn.Linear(q_width, width, bias=config.out_bias)
+        self.norm_over, self.norm_eps = config.qk_norm_over, config.norm_eps
+        self.zero_centered_norm = config.zero_centered_norm
+        q_norm, k_norm = (self.head_dim, self.head_dim) if config.qk_norm_over == "head" else (q_width, kv_width)
+        self.q_norm = nn.Parameter(torch.empty(q_norm)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(k_norm)) if config.qk_norm else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for weight in (self.q_norm, self.k_norm):
+            if weight is not None:
+                weight.fill_(0.0 if self.zero_centered_norm else 1.0)
 
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
-        q, k, v = (section.unflatten(-1, (-1, self.head_dim)) for section in self.qkv(x).split(self.sections, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)
+        q, k, v = self.qkv(x).split(self.sections, dim=-1)
+        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
         if self.rotary_dim:
             cos, sin = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
-            k, v = self._remember(cache, k, v)
-        o = attention(q, k, v, window=self.window, cu_seqlens=sequence.cu_seqlens)
-        return self.out(o.flatten(-2))
+            k, v = remember(cache, k, v, self.window)
+        o = attention(q, k, v, scale=self.scale, window=self.window, cu_seqlens=sequence.cu_seqlens).flatten(-2)
+        if self.gate is not None:
+            gate = self.gate(x)
+            o = o * torch.sigmoid(gate.to(_wide(gate))).to(o.dtype)
+        return self.out(o)
 
-    def _remember(self, cache: dict[str, Any], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if "k" in cache:
-            k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
-        # A window never looks back further than window - 1 keys from the next token.
-        keep = k.shape[1] if self.window is None else min(k.shape[1], self.window - 1)
-        cache["k"], cache["v"] = k[:, k.shape[1] - keep :], v[:, v.shape[1] - keep :]
-        return k, v
+    def _heads(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        """x [B, T, H * K] -> [B, T, H, K], normalised where there is a weight."""
+        if norm is not None and self.zero_centered_norm:
+            norm = 1.0 + norm.to(_wide(norm))  # in bf16 a small weight would vanish beside the 1
+        if norm is not None and self.norm_over == "width":
+            x = rms_norm(x, norm, self.norm_eps)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return rms_norm(x, norm, self.norm_eps) if norm is not None and self.norm_over == "head" else x
 
     def flops_per_token(self, context: float) -> float:
         keys = context if self.window is None else min(context, self.window)
-        return linear_flops(self.qkv.weight, self.out.weight) + 4.0 * self.heads * self.head_dim * keys
+        gate = 0.0 if self.gate is None else linear_flops(self.gate.weight)
+        return linear_flops(self.qkv.weight, self.out.weight) + gate + 4.0 * self.heads * self.head_dim * keys
 
     def output_projections(self) -> list[Tensor]:
         return [self.out.weight]
+
+
+def require_groups(heads: int, kv_heads: int) -> None:
+    """Raises ValueError unless the query heads can share the key/value heads evenly."""
+    divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    require(heads % kv_heads == 0, f"kv_heads={kv_heads} does not divide heads={heads}; choose one of {divisors}")
+
+
+def remember(cache: dict[str, Any], k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Adds k and v [B, T, HKV, K] to the layer's cache; returns all keys and values that these T queries may see."""
+    if "k" in cache:
+        k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
+    # A window never looks back further than window - 1 keys from the next token.
+    keep = k.shape[1] if window is None else min(k.shape[1], window - 1)
+    cache["k"], cache["v"] = k[:, k.shape[1] - keep :], v[:, v.shape[1] - keep :]
+    return k, v
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
