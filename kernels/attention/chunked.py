@@ -51,8 +51,8 @@ def _packed(
 ) -> Tensor:
     """A call for the sequences of each length.
 
-    Measured on a CPU for a row of 4096 tokens: padding sequences to common lengths costs up to 4 times more than a call a
-    sequence, a mask over the whole row 8 times more.
+    Measured on a CPU for a row of 4096 tokens: padding sequences to common lengths costs 7 to 9 times more at worst than a
+    call a sequence, a mask over the whole row 8 times more.
     """
     lengths, lengths_k = ([b - a for a, b in pairwise(x.tolist())] for x in (cu_seqlens, cu_seqlens_k))
     # split has one backward for all pieces (a concatenation); slices would each write a gradient of the whole row.
