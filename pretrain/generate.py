@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from pretrain.options import add_model_options, at_least, exit_code, share
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +18,8 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   python -m pretrain.generate --checkpoint runs/quickstart --prompt 'def read_file(path):' --tokens 200
   python -m pretrain.generate --checkpoint runs/quickstart --temperature 0
-  python -m pretrain.generate --checkpoint runs/quickstart/checkpoints/step_00000100 --top-p 0.9 --seed 7 --samples 3"""
+  python -m pretrain.generate --checkpoint runs/quickstart/checkpoints/step_00000100 --top-p 0.9 --seed 7 --samples 3
+  python -m pretrain.generate --checkpoint runs/big --memory-limit 16GiB,cpu=32GiB --offload /scratch/layers"""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,42 +27,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m pretrain.generate", description="Write text with a trained model.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run folder (its newest checkpoint) or a checkpoint"
-    )
+    add_model_options(parser)
     parser.add_argument("--prompt", default="", help="text to go on from; the beginning of a document when left out")
-    parser.add_argument("--tokens", type=_at_least(1), default=200, help="tokens to write at most (default 200)")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="tokens to write at most (default 200)")
     parser.add_argument(
-        "--temperature", type=_at_least(0.0), default=0.8, help="0 always takes the likeliest token (default 0.8)"
+        "--temperature", type=at_least(0.0), default=0.8, help="0 always takes the likeliest token (default 0.8)"
     )
-    parser.add_argument("--top-k", type=_at_least(1), help="choose among the k likeliest tokens only")
+    parser.add_argument("--top-k", type=at_least(1), help="choose among the k likeliest tokens only")
     parser.add_argument(
-        "--top-p", type=_share, help="choose among the likeliest tokens that reach this probability together"
+        "--top-p", type=share, help="choose among the likeliest tokens that reach this probability together"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=_at_least(1), default=1, help="texts to write (default 1)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--samples", type=at_least(1), default=1, help="texts to write (default 1)")
     return parser.parse_args(argv)
-
-
-def _at_least(smallest: float):
-    kind = type(smallest)
-
-    def read(text: str) -> float:
-        value = kind(text)
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"{text} is below {smallest}")
-        return value
-
-    read.__name__ = kind.__name__
-    return read
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
 
 
 def restrict(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -96,10 +77,12 @@ def generate(
     samples: int = 1,
     end: int | None = None,
     vocabulary: int | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Token ids written after `prompt` (at least one id), one list a sample, each ending before the `end` token.
 
-    vocabulary: how many ids the tokenizer knows; the model may have more, as padding. The prompt is read once in parallel; then
+    vocabulary: how many ids the tokenizer knows; the model may have more, as padding. stop: asked after every token with what a
+    sample has so far; True ends the sample, that token included. The prompt is read once in parallel; then
     every token costs one step: attention reads its key/value cache, linear mixers their state.
     """
     import torch
@@ -123,6 +106,8 @@ def generate(
                     open_samples.discard(sample)
                 elif sample in open_samples:
                     written[sample].append(token)
+                    if stop is not None and stop(written[sample]):
+                        open_samples.discard(sample)
             if not open_samples:
                 break
     model.train(training)
@@ -134,13 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain.loading import load
 
     try:
-        model, tokenizer = load(arguments.checkpoint, device=arguments.device)
+        model, tokenizer = load(arguments.checkpoint, arguments.device, arguments.memory_limit, arguments.offload)
     except Exception as error:
-        code = getattr(error, "exit_code", 2 if isinstance(error, ValueError) else None)
-        if code is None:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return code
+        return exit_code(error)
     prompt = ([tokenizer.bos] if tokenizer.bos is not None else []) + tokenizer.encode(arguments.prompt)
     texts = generate(
         model, prompt, tokens=arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k,

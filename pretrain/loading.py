@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from parallel.state import model_tensors
 from pretrain.checkpoint import folder as on_disk
 from pretrain.checkpoint.errors import CheckpointError
-from pretrain.checkpoint.storage import read
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.exit import NO_CHECKPOINT, USAGE, Exit
@@ -18,27 +18,71 @@ from pretrain.model.decoder import Decoder
 from pretrain.train.save import FOLDER
 
 
-def load(path: str | Path, device: str = "auto") -> tuple[Decoder, Tokenizer]:
+class Opened(NamedTuple):
+    """A trained model and where it comes from. checkpoint: the folder that was read; step: of training."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: RunConfig
+    checkpoint: Path
+    step: int
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    max_memory: Mapping[int | str, int] | None = None,
+    offload_folder: str | Path | None = None,
+) -> tuple[Decoder, Tokenizer]:
     """(model, tokenizer) of a run folder (its newest good checkpoint) or of one checkpoint folder.
 
     The model is in evaluation mode, in fp32, on `device` ("cpu", "cuda", or "auto": a GPU if there is one).
-    Raises Exit (with an exit code) when there is nothing to load.
+
+    For a model too big for the device, give max_memory and/or offload_folder: then the layers are spread over GPUs, CPU memory
+    and disk, and those that do not fit on a GPU are brought to it one at a time. max_memory: bytes of weights by GPU number and
+    "cpu", or "each" for every GPU (the CPU, without one); what is free when left out. Such a model can compute, not be trained.
+
+    Raises Exit (with an exit code) when there is nothing to load, or no room.
     """
+    opened = open_checkpoint(path, device, max_memory, offload_folder)
+    return opened.model, opened.tokenizer
+
+
+def open_checkpoint(
+    path: str | Path,
+    device: str = "auto",
+    max_memory: Mapping[int | str, int] | None = None,
+    offload_folder: str | Path | None = None,
+) -> Opened:
+    """As `load`, with the run's configuration as well."""
+    from pretrain import placement  # accelerate is imported only where a model is loaded
+
+    main = _main_device(device)
     candidates = _find(Path(path))
     for number, checkpoint in enumerate(candidates):
         config = RunConfig.model_validate(checkpoint.record["meta"]["config"])
-        model = Decoder(config.model)
+        model = placement.empty_decoder(config.model)
         try:
-            read(checkpoint.path, model_tensors(model))
+            if max_memory is None and offload_folder is None:
+                placement.fill(model, checkpoint.path, main)
+            else:
+                where = placement.place(model, main, max_memory)
+                placement.fill_placed(model, checkpoint.path, where, offload_folder)
+                print(f"layers of {checkpoint.path.name}: {where}", file=sys.stderr)
             break
         except CheckpointError as error:
             if number == len(candidates) - 1:
                 raise
             print(f"skipping checkpoint {checkpoint.path}: {error}", file=sys.stderr)
+    tokenizer = Tokenizer(_tokenizer(checkpoint.path.parent.parent, config))
+    return Opened(model.eval(), tokenizer, config, checkpoint.path, checkpoint.step)
+
+
+def _main_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise Exit("device cuda, but torch sees no CUDA or ROCm device; use cpu or auto", USAGE)
-    where = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    return model.eval().to(where), Tokenizer(_tokenizer(checkpoint.path.parent.parent, config))
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _find(path: Path) -> list[on_disk.Entry]:

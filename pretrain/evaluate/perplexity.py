@@ -39,9 +39,8 @@ def score(
         batch = batch.to(processes.device)
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=precision == "bf16"):
             nats += float(forward(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens))
-        scored = batch.targets[batch.targets >= 0]
-        tokens += scored.numel()
-        size += 0 if table is None else int(table[scored].sum())
+        tokens += batch.scored
+        size += 0 if table is None else batch.bytes_scored(table)
     model.train(training)
     nats, tokens_all, bytes_all = processes.sum([nats, tokens, size])
     return {

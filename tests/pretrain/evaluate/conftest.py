@@ -1,0 +1,17 @@
+"""A trained run, small enough for every test of evaluation: a few steps of the tests' configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.train.loop import train
+from tests.pretrain.train.small_run import configuration
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    assert train(configuration(folder, corpus, "model.repeat=3")) == 0
+    return folder
