@@ -43,7 +43,7 @@ def _rows(config: RunConfig, model: Decoder, ranks: int) -> list[tuple[str, str]
     per_token = training_flops_per_token(model, mean_context([length]))
     sharded = _sharded_bytes(config, total, ranks)
     return [
-        ("layers", f"{len(model.blocks)}: {', '.join(f'{mixer} + {ffn}' for mixer, ffn in config.model.pattern())}"),
+        ("layers", f"{len(model.blocks)}: {', '.join(str(layer) for layer in config.model.pattern())}"),
         ("parameters", f"{human(total)}, {human(model.active_parameters())} active per token"),
         ("vocabulary", f"{model.embedding.num_embeddings}"),
         ("ranks", f"{ranks}, {config.engine.kind} engine"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -50,55 +51,69 @@ class ResidualScaling(nn.Module):
 
 
 class Block(nn.Module):
+    """mixer or ffn may be None: a layer with one sublayer only."""
+
     def __init__(
         self,
         width: int,
-        mixer: Mixer,
-        ffn: FFN | ContextualFFN,
+        mixer: Mixer | None,
+        ffn: FFN | ContextualFFN | None,
         norm_eps: float,
         config: BlockConfig,
-        placement: Placement,
+        placement: Placement = "pre",
     ):
         super().__init__()
-        _check(ffn, config, placement)
+        _check(mixer, ffn, config, placement)
         before, after = placement != "post", placement != "pre"
 
         def norm(wanted: bool) -> RMSNorm | None:
             return RMSNorm(width, norm_eps, config.zero_centered_norms) if wanted else None
 
-        self.mixer_norm = norm(before)
-        self.mixer = mixer
-        self.mixer_out_norm = norm(after)
+        def merge(wanted: bool) -> ResidualScaling | None:
+            return ResidualScaling(width) if wanted and config.residual_scaling else None
+
+        self.parallel = config.parallel and mixer is not None and ffn is not None
         # A stack that owns its residual (Hourglass) brings its own norms; parallel sublayers share the mixer's.
-        self.ffn_norm = norm(before and not ffn.owns_residual and not config.parallel)
+        plain = ffn is not None and not ffn.owns_residual
+        self.mixer_norm = norm(before and mixer is not None)
+        self.mixer = mixer
+        self.mixer_out_norm = norm(after and mixer is not None)
+        self.mixer_merge = merge(mixer is not None)
+        self.ffn_norm = norm(before and plain and not self.parallel)
         self.ffn = ffn
-        self.ffn_out_norm = norm(after and not ffn.owns_residual)
-        self.mixer_merge = ResidualScaling(width) if config.residual_scaling else None
-        self.ffn_merge = ResidualScaling(width) if config.residual_scaling else None
-        self.parallel = config.parallel
+        self.ffn_out_norm = norm(after and plain)
+        self.ffn_merge = merge(ffn is not None)
 
     def forward(
         self, x: Tensor, sequence: SequenceContext, cache: LayerCache | None = None, carry: Carry | None = None
     ) -> tuple[Tensor, Carry]:
         """x [B, T, D] -> ([B, T, D], the carry for the next layer)."""
         carry = carry or Carry()
-        h = _apply(self.mixer_norm, x)
-        mixed = _apply(self.mixer_out_norm, self.mixer(h, sequence, None if cache is None else cache.mixer))
         if self.parallel:
-            y, carry = self._ffn(h, sequence, cache, carry)
-            return x + mixed + _apply(self.ffn_out_norm, y), carry
-        x = _merge(self.mixer_merge, x, mixed)
-        y, carry = self._ffn(_apply(self.ffn_norm, x), sequence, cache, carry)
-        if self.ffn.owns_residual:
-            return y, carry
-        return _merge(self.ffn_merge, x, _apply(self.ffn_out_norm, y)), carry
+            assert self.mixer is not None and self.ffn is not None
+            h = _apply(self.mixer_norm, x)
+            mixed = self.mixer(h, sequence, None if cache is None else cache.mixer)
+            y, carry = _call(self.ffn, h, sequence, cache, carry)
+            return x + _apply(self.mixer_out_norm, mixed) + _apply(self.ffn_out_norm, y), carry
+        if self.mixer is not None:
+            mixed = self.mixer(_apply(self.mixer_norm, x), sequence, None if cache is None else cache.mixer)
+            x = _merge(self.mixer_merge, x, _apply(self.mixer_out_norm, mixed))
+        if self.ffn is not None:
+            y, carry = _call(self.ffn, _apply(self.ffn_norm, x), sequence, cache, carry)
+            x = y if self.ffn.owns_residual else _merge(self.ffn_merge, x, _apply(self.ffn_out_norm, y))
+        return x, carry
 
-    def _ffn(
-        self, x: Tensor, sequence: SequenceContext, cache: LayerCache | None, carry: Carry
-    ) -> tuple[Tensor, Carry]:
-        if isinstance(self.ffn, ContextualFFN):
-            return self.ffn(x, sequence, None if cache is None else cache.ffn, carry)
-        return self.ffn(x), carry
+    def sublayers(self) -> Iterator[Sublayer]:
+        """The mixer and the FFN, as far as there are such."""
+        yield from (part for part in (self.mixer, self.ffn) if part is not None)
+
+
+def _call(
+    ffn: FFN | ContextualFFN, x: Tensor, sequence: SequenceContext, cache: LayerCache | None, carry: Carry
+) -> tuple[Tensor, Carry]:
+    if isinstance(ffn, ContextualFFN):
+        return ffn(x, sequence, None if cache is None else cache.ffn, carry)
+    return ffn(x), carry
 
 
 def _apply(norm: RMSNorm | None, x: Tensor) -> Tensor:
@@ -109,21 +124,21 @@ def _merge(merge: ResidualScaling | None, x: Tensor, y: Tensor) -> Tensor:
     return x + y if merge is None else merge(x, y)
 
 
-def _check(ffn: Sublayer, config: BlockConfig, placement: Placement) -> None:
-    own = type(ffn).__name__
-    require(
-        not (ffn.owns_residual and config.parallel),
-        f"block.parallel: {own} adds its own residual and cannot run beside the mixer; use another FFN",
-    )
-    require(
-        not (ffn.owns_residual and config.residual_scaling),
-        f"block.residual_scaling: {own} adds its own residual, which cannot be scaled; use another FFN",
-    )
-    require(
-        not (ffn.owns_residual and placement == "post"),
-        f"block.norm = post: {own} brings norms before its parts; use pre or peri",
-    )
+def _check(mixer: Mixer | None, ffn: FFN | ContextualFFN | None, config: BlockConfig, placement: Placement) -> None:
+    assert mixer is not None or ffn is not None
     require(
         not (config.parallel and (config.residual_scaling or placement == "post")),
         "block.parallel goes with norm pre or peri and without residual_scaling",
     )
+    if ffn is None or not ffn.owns_residual:
+        return
+    own = type(ffn).__name__
+    require(
+        not config.parallel,
+        f"block.parallel: {own} adds its own residual and cannot run beside the mixer; use another FFN",
+    )
+    require(
+        not config.residual_scaling,
+        f"block.residual_scaling: {own} adds its own residual, which cannot be scaled; use another FFN",
+    )
+    require(placement != "post", f"block.norm = post: {own} brings norms before its parts; use pre or peri")

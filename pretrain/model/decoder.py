@@ -16,7 +16,7 @@ from pretrain.model.block import Block, BlockConfig
 from pretrain.model.cache import DecoderCache
 from pretrain.model.multi_token import IGNORED, MultiToken, MultiTokenConfig, following
 from pretrain.model.norm import RMSNorm
-from pretrain.model.pattern import expand
+from pretrain.model.pattern import Layer, expand
 from pretrain.model.router import Balanced
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Carry, FFNConfig, MixerConfig, Sublayer, by_kind, init_normal, linear_flops
@@ -37,9 +37,9 @@ class DecoderConfig(Strict):
     width: int = Field(ge=1)
     """Channels of the residual stream."""
     mixers: dict[str, AnyMixer] = Field(min_length=1)
-    ffns: dict[str, AnyFFN] = Field(min_length=1)
+    ffns: dict[str, AnyFFN] = Field(default_factory=dict)
     layers: list[str] = Field(min_length=1)
-    """The pattern, for example [gdn + moe x3, attention + moe]."""
+    """The pattern, for example [gdn + moe x3, attention + moe]; a single name is a layer with that sublayer only."""
     repeat: int = Field(1, ge=1)
     """How often the pattern is repeated."""
     block: BlockConfig = BlockConfig()
@@ -60,11 +60,11 @@ class DecoderConfig(Strict):
             raise ValueError(f"block.norm_of names {unknown[0]!r}, but mixers defines only {', '.join(self.mixers)}")
         return self
 
-    def pattern(self) -> list[tuple[str, str]]:
+    def pattern(self) -> list[Layer]:
         return expand(self.layers, self.repeat, list(self.mixers), list(self.ffns))
 
-    def extra_layer(self) -> tuple[str, str] | None:
-        """(mixer name, FFN name) of the multi-token layer."""
+    def extra_layer(self) -> Layer | None:
+        """The multi-token layer."""
         if self.multi_token is None:
             return None
         pairs = expand([self.multi_token.layer], 1, list(self.mixers), list(self.ffns))
@@ -86,33 +86,29 @@ class Decoder(nn.Module):
         if config.block.residual_scaling:
             self.embedding_scale = nn.Parameter(torch.ones(width))
             self.embedding_bias = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(self._block(*names) for names in config.pattern())
+        self.blocks = nn.ModuleList(self._block(layer) for layer in config.pattern())
         self.norm = RMSNorm(width, config.norm_eps, config.block.zero_centered_norms)
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocabulary, bias=False)
         extra = config.extra_layer()
-        self.multi_token = MultiToken(width, config.norm_eps, self._block(*extra)) if extra else None
+        self.multi_token = MultiToken(width, config.norm_eps, self._block(extra)) if extra else None
         self._place()
         self.reset_parameters()
 
-    def _block(self, mixer: str, ffn: str) -> Block:
+    def _block(self, layer: Layer) -> Block:
         config, width = self.config, self.config.width
-        placement = config.block.norm_of.get(mixer, config.block.norm)
-        return Block(
-            width,
-            config.mixers[mixer].build(width),
-            config.ffns[ffn].build(width),
-            config.norm_eps,
-            config.block,
-            placement,
-        )
+        mixer = None if layer.mixer is None else config.mixers[layer.mixer].build(width)
+        ffn = None if layer.ffn is None else config.ffns[layer.ffn].build(width)
+        placement = config.block.norm_of.get(layer.mixer or "", config.block.norm)
+        return Block(width, mixer, ffn, config.norm_eps, config.block, placement)
 
     def _place(self) -> None:
         """Tells every sublayer which one of its definition it is: some depend on depth."""
         pattern = self.config.pattern()
-        for position, part in ((0, "mixer"), (1, "ffn")):
-            names = [pair[position] for pair in pattern]
+        for part in ("mixer", "ffn"):
+            names = [getattr(layer, part) for layer in pattern]
             for index, (name, block) in enumerate(zip(names, self.blocks)):
-                getattr(block, part).place(names[:index].count(name), names.count(name))
+                if name is not None:
+                    getattr(block, part).place(names[:index].count(name), names.count(name))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -158,9 +154,10 @@ class Decoder(nn.Module):
         return loss
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] -> the residual stream [B, T, D], fp32 whatever the weights' dtype."""
+        """tokens [B, T] -> the residual stream [B, T, D], fp32 at least, whatever the weights' dtype."""
         x = self.embedding(tokens)
-        return (x + self.embedding_bias) * self.embedding_scale if self.config.block.residual_scaling else x.float()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (x + self.embedding_bias) * self.embedding_scale if self.config.block.residual_scaling else x
 
     def logits(self, x: Tensor) -> Tensor:
         """The stream after the last layer [B, T, D] -> fp32 [B, T, vocabulary]."""
@@ -196,8 +193,7 @@ class Decoder(nn.Module):
         """Every mixer and FFN, in the order of the forward pass."""
         extra = [] if self.multi_token is None else [self.multi_token.block]
         for block in [*self.blocks, *extra]:
-            yield cast(Block, block).mixer
-            yield cast(Block, block).ffn
+            yield from cast(Block, block).sublayers()
 
     def routers(self) -> dict[str, Balanced]:
         """Every router that the trainer balances, by name."""

@@ -17,6 +17,18 @@ from pretrain.train.balance import load_entropy
 from tests.pretrain.small import MODEL, decoder, tokens
 
 
+def test_a_name_alone_is_a_layer_with_that_sublayer_only() -> None:
+    assert expand(["gdn x2", "moe", "gdn + moe"], 1, ["gdn"], ["moe"]) == [
+        ("gdn", None), ("gdn", None), (None, "moe"), ("gdn", "moe")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="means a mixer and an FFN of that name"):
+        expand(["gdn"], 1, ["gdn"], ["gdn"])
+    separate, together = decoder(layers=["attention", "swiglu"]), decoder(layers=["attention + swiglu"])
+    state = {name.replace("blocks.1.", "blocks.0."): value for name, value in separate.state_dict().items()}
+    together.load_state_dict(state)
+    assert torch.equal(separate(tokens(2, 7)), together(tokens(2, 7)))
+
+
 def test_pattern_expands_counts_and_repeats() -> None:
     pairs = expand(["gdn + moe x3", "attention+dense"], 2, ["gdn", "attention"], ["moe", "dense"])
     assert pairs == ([("gdn", "moe")] * 3 + [("attention", "dense")]) * 2
@@ -25,7 +37,9 @@ def test_pattern_expands_counts_and_repeats() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("gdn", "write 'mixer \\+ ffn'"),
+        ("gdn +", "write 'mixer \\+ ffn'"),
+        ("gdn x0", "write 'mixer \\+ ffn'"),
+        ("moe", "no layer has a mixer; add one, such as 'gdn'"),
         ("gdn + moe x", "write 'mixer \\+ ffn'"),
         ("gdm + moe", "did you mean 'gdn'"),
         ("gdn + mow", "did you mean 'moe'"),
