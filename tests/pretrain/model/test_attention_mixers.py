@@ -52,6 +52,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def build(name: str) -> Mixer:
     """The mixer in fp64, no parameter at a special value."""
+    torch.manual_seed(0)
     mixer = CONFIGS[name].build(WIDTH).double()
     with torch.no_grad():
         for seed, parameter in enumerate(mixer.parameters()):
@@ -274,6 +275,14 @@ def test_norm_weights_start_as_the_plain_norm() -> None:
     torch.testing.assert_close(call(plain, draw(1, 5, WIDTH)), call(centered, draw(1, 5, WIDTH)), atol=1e-12, rtol=0)
 
 
+def test_rotation_keeps_double_precision_and_passes_the_rest() -> None:
+    x = draw(1, 7, 2, 9)
+    cos, sin = context(x).rotary(6, 10_000.0)
+    first, second = x[..., :3], x[..., 3:6]
+    expected = torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 6:]), dim=-1)
+    torch.testing.assert_close(apply_rotary(x, cos, sin), expected, atol=1e-14, rtol=0)
+
+
 # Compressed convolutional attention
 
 
@@ -282,6 +291,14 @@ def test_cca_parameter_count_of_zaya1() -> None:
     assert sum(parameter.numel() for parameter in mixer.parameters()) == 5_575_682
     assert mixer.temperature.tolist() == [1.0, 1.0]
     assert CCAConfig(heads=2, temperature="exp").build(8).temperature.tolist() == [0.0, 0.0]
+
+
+def test_cca_convolutions_start_as_torchs_do() -> None:
+    mixer = CCAConfig(heads=3, head_dim=16, depthwise_taps=4, grouped_taps=2).build(8)
+    for weight, inputs in ((mixer.depthwise, 4), (mixer.grouped, 2 * 16)):
+        assert weight.abs().max() <= inputs**-0.5
+        assert weight.std().item() == pytest.approx((3 * inputs) ** -0.5, rel=0.1)  # of a uniform law with that bound
+    assert not mixer.depthwise_bias.any() and not mixer.grouped_bias.any()
 
 
 def conv_kernels(mixer: CCA) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,7 +353,7 @@ def test_cca_mean_of_keys_is_half_the_queries_mean_and_half_the_key() -> None:
 
 
 @CCAS
-@pytest.mark.parametrize("c", [0.01, 30.0])
+@pytest.mark.parametrize("c", [0.1, 30.0])
 def test_cca_without_biases_does_not_feel_the_scale_of_its_projections(name: str, c: float) -> None:
     mixer = build(name)
     assert isinstance(mixer, CCA)
