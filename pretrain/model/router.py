@@ -1,12 +1,13 @@
-"""Top-k token-choice routing with auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664).
+"""Routers: which experts each token goes to, and with what weight.
 
-A bias per expert is added to the scores for the choice only, never to the combine weights; after each optimizer step it moves
-by a fixed rate towards the experts that got less than their share of the global batch.
+Sigmoid scores balanced by a bias on the choice alone (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437), or
+softmax scores. The bias decides who is chosen, never how much the chosen weigh, so it puts nothing into the gradient. It is
+moved by the trainer after each step from the load of the whole global batch.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +22,55 @@ class Balanced(nn.Module):
     """A router whose choice the trainer balances: it counts its load, and after a step is told the load of the global batch."""
 
     load: Tensor
-    """int64 [E], tokens per expert since the last balancing: bookkeeping of one step, empty at every checkpoint."""
+    """int64 [C], tokens per choice since the last balancing: bookkeeping of one step, empty at every checkpoint."""
+    skips = 0
+    """How many of the last entries of load are no experts, but count tokens that chose to skip."""
 
     def rebalance(self, load: Tensor) -> None:
-        """Moves the bias by the load of the global batch [E], and starts counting anew."""
+        """Moves the bias by the load of the global batch [C], and starts counting anew. A load of zeros moves nothing."""
         raise NotImplementedError
 
 
+class Routing(NamedTuple):
+    """What a router decided for N tokens.
+
+    indices: int64 [N, k]; scores: fp32 [N, k], the weights of the chosen. logits: fp32 [N, E]; affinity: fp32 [N, E], the scores
+    of all experts before choice and bias, each token's summing to 1.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    logits: Tensor
+    affinity: Tensor
+
+
 class Router(Balanced):
-    """x [N, D] -> (indices int64 [N, k], scores fp32 [N, k] that sum to `scale` for each token)."""
+    """x [N, D] -> (indices int64 [N, k], scores fp32 [N, k]): k experts of E by score + bias.
+
+    normalize: the scores of the chosen sum to `scale` for each token; otherwise they are scale times what they were among all.
+    groups, top_groups: experts lie in equal groups of neighbours, and only the top_groups groups whose two best experts have the
+    largest sum may be chosen from (DeepSeek-V3, section 2.1.2).
+    """
 
     bias: Tensor
 
-    def __init__(self, width: int, experts: int, top_k: int, gate: Gate, scale: float, bias_rate: float):
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        gate: Gate,
+        scale: float,
+        bias_rate: float,
+        *,
+        normalize: bool = True,
+        groups: int = 1,
+        top_groups: int = 1,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, width))
-        self.top_k, self.gate, self.scale, self.bias_rate = top_k, gate, scale, bias_rate
+        self.experts, self.top_k, self.gate, self.scale, self.bias_rate = experts, top_k, gate, scale, bias_rate
+        self.normalize, self.groups, self.top_groups = normalize, groups, top_groups
         self.register_buffer("bias", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts, dtype=torch.int64), persistent=False)
 
@@ -45,16 +79,33 @@ class Router(Balanced):
         self.weight.normal_(0.0, std)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # fp32 whatever the autocast: a rounded logit would choose another expert.
+        routing = self.route(x)
+        return routing.indices, routing.scores
+
+    def route(self, x: Tensor) -> Routing:
+        """x [N, D] -> the choice, and what balancing losses need besides. Counts the load in training."""
+        # fp32 (or wider) whatever the autocast: a rounded logit would choose another expert.
+        wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+            logits = F.linear(x.to(wide), self.weight.to(wide))
             scores = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(dim=-1)
-            indices = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
+            indices = self._choose(scores.detach() + self.bias)
             chosen = scores.gather(-1, indices)
-            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20) * self.scale
+            if self.normalize:
+                chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+            affinity = scores if self.gate == "softmax" else scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training:
             self.load += load(indices, self.load.numel())
-        return indices, chosen
+        return Routing(indices, chosen * self.scale, logits, affinity)
+
+    def _choose(self, preference: Tensor) -> Tensor:
+        """preference [N, E] -> the k best of each token, int64 [N, k]."""
+        if self.groups > self.top_groups:
+            grouped = preference.unflatten(-1, (self.groups, -1))
+            best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices
+            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            preference = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
+        return preference.topk(self.top_k, dim=-1).indices
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free expert balancing over the global batch, and the load entropy that shows how well it works."""
+"""Expert balancing over the global batch, and what shows how well it works: load entropy, and the share of skipped tokens."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ class Balance(Callback):
         # One reduction for all layers: every rank then moves the biases by the same numbers.
         total = run.processes.sum_(torch.cat(loads))
         counted = math.isfinite(run.record["grad_norm"])  # a skipped step moves nothing, and its logits may be NaN
-        entropy = {}
+        entropy, skipped = {}, {}
         for (name, router), load in zip(routers.items(), total.split([load.numel() for load in loads])):
             router.rebalance(load if counted else torch.zeros_like(load))
-            entropy[name] = round(load_entropy(load), 4)
+            experts = load.numel() - router.skips
+            entropy[name] = round(load_entropy(load[:experts]), 4)
+            if router.skips:
+                skipped[name] = round((load[experts:].sum() / load.sum().clamp(min=1)).item(), 4)
         run.record["load_entropy"] = entropy
+        if skipped:
+            run.record["skip_share"] = skipped
 
 
 def load_entropy(load: torch.Tensor) -> float:

@@ -24,6 +24,41 @@ MODEL: dict[str, Any] = {
     "layers": ["gdn + moe x2", "attention + hourglass", "window + swiglu"],
 }
 
+# Every kind of FFN, for tests that choose layers of their own: decoder(ffns=FFNS, layers=[...]).
+FFNS: dict[str, Any] = {
+    **MODEL["ffns"],
+    "geglu": {"kind": "geglu", "hidden": 24},
+    "bilinear": {"kind": "bilinear", "hidden": 24},
+    "mlp": {"kind": "mlp", "hidden": 24, "activation": "relu2"},
+    "fused": {"kind": "fused", "hidden": 12, "parts": 3},
+    "kat": {"kind": "kat", "hidden": 48, "groups": 4},
+    "lifted": {"kind": "hourglass", "hidden": [6, 10], "lift": 48},
+    "qwen": {
+        "kind": "moe",
+        "experts": 6,
+        "top_k": 3,
+        "hidden": 16,
+        "gate": "softmax",
+        "bias_rate": 0.0,
+        "shared_hidden": 16,
+        "shared_gate": True,
+        "batch_loss": 0.01,
+        "z_loss": 0.001,
+    },
+    "grouped": {
+        "kind": "moe",
+        "experts": 8,
+        "top_k": 2,
+        "hidden": 16,
+        "groups": 4,
+        "top_groups": 2,
+        "route_scale": 2.5,
+        "sequence_loss": 0.01,
+    },
+    "zaya": {"kind": "zaya_moe", "experts": 4, "hidden": 16, "router_width": 12},
+    "zaya_skip": {"kind": "zaya_moe", "experts": 4, "top_k": 2, "hidden": 16, "router_width": 12, "skip": "identity"},
+}
+
 
 def decoder(seed: int = 0, **changes: Any) -> Decoder:
     """The tiny model with seeded weights, large enough that every sublayer shows in the logits."""

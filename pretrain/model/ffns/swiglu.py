@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
 
-from pretrain.model.sublayer import FFN, FFNConfig, linear_flops
+from pretrain.model.ffns.glu import GLU
+from pretrain.model.sublayer import FFNConfig
 
 
 class SwiGLUConfig(FFNConfig):
@@ -20,18 +19,6 @@ class SwiGLUConfig(FFNConfig):
         return SwiGLU(width, self.hidden)
 
 
-class SwiGLU(FFN):
+class SwiGLU(GLU):
     def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-    def flops_per_token(self, context: float) -> float:
-        return linear_flops(self.gate_up.weight, self.down.weight)
-
-    def output_projections(self) -> list[Tensor]:
-        return [self.down.weight]
+        super().__init__(width, hidden, "silu")
