@@ -46,9 +46,11 @@ class Quantiles(Balanced):
         counts = load.view(self.experts, BINS).double()
         wanted = self.share * counts.sum(1, keepdim=True)
         above = counts.flip(1).cumsum(1).flip(1) - counts  # tokens in higher bins
-        bin_ = (above < wanted).long().argmax(1, keepdim=True)  # the highest bin that is needed
+        bin_ = (above < wanted).long().argmax(1, keepdim=True)  # the lowest bin that is needed
         inside = (wanted - above.gather(1, bin_)) / counts.gather(1, bin_).clamp(min=1)
         quantile = ((bin_ + 1 - inside) * (2 * SPAN / BINS) - SPAN)[:, 0].to(self.threshold.dtype)
+        if self.share >= 1:
+            quantile = torch.full_like(quantile, -SPAN)  # all tokens, also lower ones than have been seen
         moved = torch.lerp(self.threshold, quantile, self.rate)
         moved = torch.where(self.threshold <= -SPAN, quantile, moved)
         self.threshold.copy_(torch.where(wanted[:, 0] > 0, moved, self.threshold))
