@@ -11,12 +11,30 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels import delta_rule, gated_rms_norm, rms_norm, short_convolution
+from kernels import (
+    delta_rule,
+    gated_linear_attention,
+    gated_rms_norm,
+    rms_norm,
+    selective_scan,
+    short_convolution,
+)
+from kernels.delta_rule import delta_rule_step
+from kernels.gated_linear_attention import gated_linear_attention_step
+from kernels.short_conv import short_convolution_step
+from kernels.state_space import selective_scan_step
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Mixer, linear_flops, require
 
 Cache = dict[str, Any] | None
 Activation = Literal["silu", "sigmoid"]
+
+# What each operator does for a single token that continues a state: generation would else pay for a chunk's set-up.
+STEPS: dict[Callable[..., Any], Callable[..., tuple[Tensor, Tensor]]] = {
+    delta_rule: delta_rule_step,
+    gated_linear_attention: gated_linear_attention_step,
+    selective_scan: selective_scan_step,
+}
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes at initialisation, log-uniform (Mamba, section 3.6)
 
@@ -35,6 +53,9 @@ def convolve(
     activation: str | None = "silu",
 ) -> Tensor:
     """The short causal convolution of x [B, T, C] by weight [C, W], continued from cache["conv"] and remembered there."""
+    if cache is not None and "conv" in cache and x.shape[1] == 1:
+        token, cache["conv"] = short_convolution_step(x[:, 0], cache["conv"], weight, bias, activation)
+        return token[:, None]
     y, tail = short_convolution(
         x,
         weight,
@@ -56,7 +77,14 @@ def recur(
     cache: Cache,
     **options: Any,
 ) -> Tensor:
-    """A recurrent operator of `kernels` over inputs [B, T, ...], continued from cache["memory"] and remembered there."""
+    """A recurrent operator of `kernels`, continued from cache["memory"] and remembered there.
+
+    inputs: the operator's own, in order; those with three or more dims are [B, T, ...], the others parameters.
+    """
+    if cache is not None and "memory" in cache and inputs[0] is not None and inputs[0].shape[1] == 1:
+        token = [x if x is None or x.dim() < 3 else x[:, 0] for x in inputs]
+        o, cache["memory"] = STEPS[operator](*token, cache["memory"], **options)
+        return o[:, None]
     o, state = operator(
         *inputs,
         initial_state=None if cache is None else cache.get("memory"),

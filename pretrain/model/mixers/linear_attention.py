@@ -51,8 +51,8 @@ class LinearAttention(LinearMixer):
     def __init__(self, width: int, config: LinearAttentionConfig):
         sizes = split_width(config.heads, width, config.head_dim, config.value_dim, (1.0, 1.0))
         super().__init__(width, sizes, config.conv_width, config.norm_eps)
-        self.feature_map = FEATURE_MAPS[config.feature_map]
+        self.feature_map = config.feature_map
 
     def recurrence(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceContext, cache: Cache) -> Tensor:
-        q, k = self.feature_map(q), self.feature_map(k)
-        return recur(gated_linear_attention, q, k, v, None, sequence=sequence, cache=cache)
+        phi = FEATURE_MAPS[self.feature_map]
+        return recur(gated_linear_attention, phi(q), phi(k), v, None, sequence=sequence, cache=cache)
