@@ -18,6 +18,7 @@ from parallel.engines import EngineConfig, TorchConfig
 from parallel.mesh import MeshConfig
 from pretrain.data.config import DataConfig
 from pretrain.model.decoder import DecoderConfig
+from pretrain.model.files import model_section
 from pretrain.optim.adamw import AdamWConfig
 from pretrain.optim.schedules import CosineConfig, ScheduleConfig
 
@@ -106,6 +107,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError, one line a fault: the field, its value, what is allowed, and the nearest valid key.
     """
     raw = read_yaml(path)
+    try:
+        raw["model"] = model_section(raw.get("model"), Path(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if raw["model"] is None:
+        del raw["model"]
     for override in overrides:
         _apply(raw, override)
     raw = with_default_kinds(raw)

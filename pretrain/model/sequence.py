@@ -40,6 +40,6 @@ class SequenceContext:
         key = (dim, theta)
         if key not in self._rotary:
             exponent = torch.arange(0, dim, 2, device=self.positions.device, dtype=torch.float32) / dim
-            angles = self.positions[..., None].float() * theta**-exponent
+            angles = self.positions[..., None].float() * (1.0 / theta**exponent)
             self._rotary[key] = (angles.cos()[:, :, None], angles.sin()[:, :, None])
         return self._rotary[key]
