@@ -1,4 +1,4 @@
-"""A trained run, small enough for every test of evaluation: a few steps of the tests' configuration."""
+"""A trained run, small enough for every test of evaluation: a few steps of the tests' configuration, ended before validation."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.exit import PREEMPTED
 from pretrain.train.loop import train
-from tests.pretrain.train.small_run import configuration
+from tests.pretrain.train.small_run import StopAfter, configuration
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    assert train(configuration(folder, corpus, "model.repeat=3")) == 0
+    assert train(configuration(folder, corpus, "model.repeat=3"), [StopAfter(4)]) == PREEMPTED
     return folder
