@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import experts
 from pretrain.model.ffns.zaya_moe import ZayaMoE, ZayaMoEConfig
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Carry, init_normal
@@ -188,6 +189,24 @@ def test_skipping_by_hand(skip: Any, top_k: int) -> None:
         torch.testing.assert_close(y[0, t], expected, rtol=1e-9, atol=1e-9)
     assert 5 < skipped < 55
     assert ffn.router.load[E] == skipped
+
+
+def test_only_tokens_that_need_an_expert_travel_and_only_to_their_own() -> None:
+    for top_k in (1, 2):
+        ffn, x, seen = zaya(skip="zero", top_k=top_k), rows(1, 60, 8), []
+        ffn.router.bias[E] = 0.0
+        chosen, _, _ = ffn.router(x, None)
+
+        def spy(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor, seen: Any = seen) -> Tensor:
+            seen.append(indices)
+            return experts(x, gate_up, down, indices, scores)
+
+        ffn.dispatch = spy
+        apply(ffn, x)
+        needed = chosen[(chosen < E).any(-1)]
+        (sent,) = seen
+        assert sent.shape == needed.shape and (len(sent) < 60) == (top_k == 1)
+        assert (sent[:, :, None] == needed[:, None, :]).any(-1).all()
 
 
 def test_when_all_skip_nothing_is_computed_and_gradients_are_zero() -> None:
