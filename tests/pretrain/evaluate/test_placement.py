@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from parallel.state import model_tensors
@@ -16,10 +17,11 @@ from pretrain.exit import Exit
 from pretrain.generate import generate
 from pretrain.loading import load
 from pretrain.model.block import Block
-from pretrain.model.decoder import Decoder
+from pretrain.model.decoder import Decoder, DecoderConfig
 from pretrain.options import memory_limits
 from pretrain.placement import Placement, empty_decoder, fill, fill_placed, place, readable, resident_bytes
 from tests.pretrain.small import decoder, tokens
+from tests.ranks import ROOT
 
 CPU = torch.device("cpu")
 
@@ -51,6 +53,16 @@ def test_an_empty_decoder_has_no_parameters_in_memory_and_all_its_buffers() -> N
     assert {n: t.shape for n, t in model_tensors(model).items()} == {
         n: t.shape for n, t in model_tensors(decoder()).items()
     }
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/models").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_model_file_can_be_built_without_memory(file: Path) -> None:
+    described = yaml.safe_load(file.read_text())
+    model = empty_decoder(DecoderConfig.model_validate(described["model"]))
+    assert resident_bytes(model) == 0
+    assert sum(p.numel() for p in model.parameters()) == described["parameters"]
+    where = place(model, CPU, {"cpu": 4 * described["parameters"] // 2})
+    assert 0 < where.blocks.count("disk") < len(model.blocks)
 
 
 def test_fill_gives_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
