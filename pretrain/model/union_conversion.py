@@ -89,6 +89,9 @@ def convert_dense_to_union(state: Mapping[str, Tensor], config: DecoderConfig, s
             last = dense.pop(f"{down_name}.weight")
             result[prefix + up] = split_sections(first, _sections(part, config.width), _experts(part))
             result[prefix + down] = split_columns(last, _experts(part))
+            if f"{up_name}.bias" in dense:
+                biases = split_biases(dense.pop(f"{up_name}.bias"), dense.pop(f"{down_name}.bias"), _experts(part))
+                result[f"{prefix}{up}_bias"], result[f"{prefix}{down}_bias"] = biases
             result |= {prefix + name: tensor for name, tensor in dense.items()}  # norms that all heads share
             for name, tensor in _routers(part, config).items():
                 result[f"{prefix}routing.{name}"] = tensor.to(first)
@@ -106,6 +109,9 @@ def convert_union_to_dense(state: Mapping[str, Tensor], config: DecoderConfig) -
         up_name, down_name, up, down = _matrices(part)
         result[f"{prefix}{up_name}.weight"] = join_sections(union.pop(up), _sections(part, config.width))
         result[f"{prefix}{down_name}.weight"] = join_columns(union.pop(down))
+        if f"{up}_bias" in union:
+            biases = join_biases(union.pop(f"{up}_bias"), union.pop(f"{down}_bias"))
+            result[f"{prefix}{up_name}.bias"], result[f"{prefix}{down_name}.bias"] = biases
         result |= {prefix + name: tensor for name, tensor in union.items()}
         assert all(result[prefix + name].shape == shape for name, shape in dense_shapes.items())
     return result
@@ -113,22 +119,23 @@ def convert_union_to_dense(state: Mapping[str, Tensor], config: DecoderConfig) -
 
 def _unions(config: DecoderConfig) -> Iterator[tuple[str, UnionConfig]]:
     """(prefix of its names, config) of every union in the decoder."""
-    layers = [(f"blocks.{index}.", names) for index, names in enumerate(config.pattern())]
+    layers = [(f"blocks.{index}.", layer) for index, layer in enumerate(config.pattern())]
     extra = config.extra_layer()
     layers += [("multi_token.block.", extra)] if extra else []
-    for prefix, (mixer, ffn) in layers:
-        for name, part in (("mixer.", config.mixers[mixer]), ("ffn.", config.ffns[ffn])):
-            if isinstance(part, UnionOfExpertsConfig | SelectiveAttentionConfig):
-                yield prefix + name, part
+    for prefix, layer in layers:
+        mixer = None if layer.mixer is None else config.mixers[layer.mixer]
+        ffn = None if layer.ffn is None else config.ffns[layer.ffn]
+        if isinstance(mixer, SelectiveAttentionConfig):
+            yield f"{prefix}mixer.", mixer
+        if isinstance(ffn, UnionOfExpertsConfig):
+            yield f"{prefix}ffn.", ffn
 
 
 def _matrices(part: UnionConfig) -> tuple[str, str, str, str]:
     """Names of the dense block's two layers and of the union's two stacks."""
-    return (
-        ("qkv", "out", "qkv", "out")
-        if isinstance(part, SelectiveAttentionConfig)
-        else ("gate_up", "down", "up", "down")
-    )
+    if isinstance(part, SelectiveAttentionConfig):
+        return "qkv", "out", "qkv", "out"
+    return "gate_up" if part.activation == "swiglu" else "up", "down", "up", "down"
 
 
 def _experts(part: UnionConfig) -> int:
@@ -138,7 +145,7 @@ def _experts(part: UnionConfig) -> int:
 def _sections(part: UnionConfig, width: int) -> list[int]:
     """Sizes of the dense first layer's parts, each of which is cut by itself."""
     if not isinstance(part, SelectiveAttentionConfig):
-        return [part.hidden, part.hidden]
+        return [part.hidden, part.hidden] if part.activation == "swiglu" else [part.hidden]
     head_dim = part.head_dim or width // part.heads
     kv = (part.kv_heads or part.heads) * head_dim
     return [part.heads * head_dim, kv, kv]

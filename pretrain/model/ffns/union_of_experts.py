@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import experts
+from pretrain.model.ffns.mlp import MLPConfig
 from pretrain.model.ffns.moe import Dispatcher
 from pretrain.model.ffns.swiglu import SwiGLUConfig
 from pretrain.model.sequence import SequenceContext
@@ -45,12 +46,11 @@ class UnionOfExpertsConfig(RoutingConfig, FFNConfig):
     def build(self, width: int) -> UnionOfExperts:
         return UnionOfExperts(width, self)
 
-    def dense(self) -> SwiGLUConfig:
+    def dense(self) -> SwiGLUConfig | MLPConfig:
         """The config of the dense block. Raises ValueError where the model has no such block."""
-        require(
-            self.activation == "swiglu" and not self.bias,
-            f"activation={self.activation}, bias={self.bias} has no dense feed-forward here; only swiglu without bias has",
-        )
+        if self.activation != "swiglu":
+            return MLPConfig(hidden=self.hidden, activation=self.activation, bias=self.bias)
+        require(not self.bias, "bias=True with activation=swiglu has no dense feed-forward here; leave bias out")
         return SwiGLUConfig(hidden=self.hidden)
 
 

@@ -213,8 +213,6 @@ def remember(cache: dict[str, Any], k: Tensor, v: Tensor, segments: Segments) ->
             if held is not None:
                 grown[:, :old] = held
             held = grown
-        elif torch.is_grad_enabled():
-            held = held.clone()  # an earlier call's gradient may need the old one
         held[of, slot] = rows
         cache[name] = held
         lists.append(held[active, :longest][seen][None])
