@@ -11,6 +11,10 @@ from torch import nn
 from parallel.config import Strict
 
 
+# Tables, taps and rates that happen to have two dims or more: decay would pull them to zero for no reason.
+NEVER_DECAYED = ("embedding.weight", ".conv", ".depthwise", ".grouped", ".A_log")
+
+
 class AdamWConfig(Strict):
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(3e-4, gt=0)
@@ -19,7 +23,7 @@ class AdamWConfig(Strict):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled decay of matrices; vectors, convolution taps and the embedding never decay."""
+    """Decoupled decay of matrices; vectors, convolution taps, decay rates and the embedding never decay."""
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         decayed, others = split_by_decay(model)
@@ -33,6 +37,6 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith((".conv", "embedding.weight"))
+        matrix = parameter.ndim >= 2 and not name.endswith(NEVER_DECAYED)
         (decayed if matrix else others).append(parameter)
     return decayed, others
