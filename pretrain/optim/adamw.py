@@ -10,7 +10,6 @@ from torch import nn
 
 from parallel.config import Strict
 
-
 # Tables, taps and rates that happen to have two dims or more: decay would pull them to zero for no reason.
 NEVER_DECAYED = ("embedding.weight", ".conv", ".depthwise", ".grouped", ".A_log")
 
