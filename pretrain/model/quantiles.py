@@ -20,6 +20,7 @@ class Quantiles(Balanced):
     """
 
     threshold: Tensor
+    counts_experts = False
 
     def __init__(self, experts: int, share: float, rate: float):
         super().__init__()

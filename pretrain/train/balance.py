@@ -21,6 +21,8 @@ class Balance(Callback):
         entropy, skipped = {}, {}
         for (name, router), load in zip(routers.items(), total.split([load.numel() for load in loads])):
             router.rebalance(load if counted else torch.zeros_like(load))
+            if not router.counts_experts:
+                continue
             experts = load.numel() - router.skips
             entropy[name] = round(load_entropy(load[:experts]), 4)
             if router.skips:

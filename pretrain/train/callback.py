@@ -26,8 +26,6 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     stop: str | None = None
     """Set to a reason to end the run after this step."""
-    save: bool = False
-    """Set to have this step saved whatever the interval."""
 
     @property
     def folder(self) -> Path:

@@ -28,7 +28,7 @@ class Save(Callback):
         self.saved = run.step
 
     def on_step(self, run: Run) -> None:
-        if run.save or run.last or run.step % run.config.checkpoint.every == 0:
+        if run.last or run.step % run.config.checkpoint.every == 0:
             self.save(run)
 
     def save(self, run: Run) -> None:
@@ -48,7 +48,7 @@ class Save(Callback):
                 raise
             self.progress.say(f"step {run.step}: NOT SAVED ({error}); training goes on, the next save is tried")
             return
-        self.failures, self.saved, run.save = 0, run.step, False
+        self.failures, self.saved = 0, run.step
         self.progress.say(f"step {run.step}: saved {path} in {time.perf_counter() - start:.1f} s")
 
 

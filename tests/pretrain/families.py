@@ -19,6 +19,7 @@ MIXERS: dict[str, dict[str, Any]] = {
         "output_gate": True,
     },
     "wide_attention": {"kind": "attention", "heads": 3, "head_dim": 16, "qk_norm_over": "width", "window": 20},
+    "conv_attention": {"kind": "attention", "heads": 2, "conv_width": 3},
     "cca": {"kind": "cca", "heads": 4, "kv_heads": 2, "head_dim": 8},
     "mla": {"kind": "mla", "heads": 2, "kv_rank": 12, "head_dim": 8, "shared_dim": 4, "rope": True},
     "smha": {"kind": "smha", "heads": 4, "top_k": 2},

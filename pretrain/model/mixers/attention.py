@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import attention, rms_norm
+from pretrain.model.linear_parts import convolve, draw_taps
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
@@ -49,6 +50,9 @@ class AttentionConfig(MixerConfig):
     """A bias on the output projection."""
     scale: float | None = Field(None, gt=0)
     """Factor on the scores before the softmax; 1 / sqrt(head_dim) when left out."""
+    conv_width: int = Field(0, ge=0)
+    """Taps of a short causal convolution on queries, keys and values; 0 for none. With it, one layer can compare a key with the
+    token before another, which two plain layers learn slowly."""
     window: int | None = Field(None, ge=1)
     """Sliding window: how many keys a query sees, itself included; all earlier ones when left out."""
 
@@ -75,6 +79,7 @@ class Attention(Mixer):
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.sections = (q_width, kv_width, kv_width)
         self.qkv = nn.Linear(width, sum(self.sections), bias=config.qkv_bias)
+        self.conv = nn.Parameter(torch.empty(sum(self.sections), config.conv_width)) if config.conv_width else None
         self.gate = nn.Linear(width, q_width, bias=config.qkv_bias) if config.output_gate else None
         self.out = nn.Linear(q_width, width, bias=config.out_bias)
         self.norm_over, self.norm_eps = config.qk_norm_over, config.norm_eps
@@ -86,12 +91,17 @@ class Attention(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.conv is not None:
+            draw_taps(self.conv)
         for weight in (self.q_norm, self.k_norm):
             if weight is not None:
                 weight.fill_(0.0 if self.zero_centered_norm else 1.0)
 
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
-        q, k, v = self.qkv(x).split(self.sections, dim=-1)
+        mixed = self.qkv(x)
+        if self.conv is not None:
+            mixed = convolve(mixed, self.conv, None, sequence, cache, activation=None)
+        q, k, v = mixed.split(self.sections, dim=-1)
         q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
         if self.rotary_dim:
             cos, sin = sequence.rotary(self.rotary_dim, self.rope_theta)
@@ -116,6 +126,7 @@ class Attention(Mixer):
     def flops_per_token(self, context: float) -> float:
         keys = context if self.window is None else min(context, self.window)
         gate = 0.0 if self.gate is None else linear_flops(self.gate.weight)
+        gate += 0.0 if self.conv is None else 2.0 * self.conv.numel()
         return linear_flops(self.qkv.weight, self.out.weight) + gate + 4.0 * self.heads * self.head_dim * keys
 
     def output_projections(self) -> list[Tensor]:
