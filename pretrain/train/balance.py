@@ -35,5 +35,5 @@ class Balance(Callback):
 def load_entropy(load: torch.Tensor) -> float:
     """Entropy of the expert loads [E] as a share of its maximum: 1 when all experts got the same, 0 when one got everything."""
     share = load.double() / load.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-30).log()).sum().item()
+    entropy = abs((share * share.clamp(min=1e-30).log()).sum().item())
     return entropy / math.log(load.numel()) if load.numel() > 1 else 1.0

@@ -33,7 +33,8 @@ class ZayaMoEConfig(FFNConfig):
     skip_target: float | None = Field(None, gt=0, lt=1)
     """Share of the choices that the controller steers to skipping; left out, the same as an expert's."""
     bias_lr: float = Field(1e-3, ge=0)
-    """The controller's step; 0 turns balancing off."""
+    """The controller's step; 0 turns balancing off. Keep it below the spread of the probabilities among tokens: where one step
+    outweighs it, all tokens move together from expert to expert."""
     bias_beta1: float = Field(0.9, ge=0, lt=1)
     bias_beta2: float = Field(0.95, ge=0, lt=1)
     bias_weight_decay: float = Field(0.0, ge=0)

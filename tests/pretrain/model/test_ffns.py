@@ -110,6 +110,15 @@ def test_position_wise(name: str) -> None:
     torch.testing.assert_close(alone, y[:, 7:8], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["qwen", "grouped", "zaya", "zaya_skip", "lifted", "kat"])
+def test_decoding_equals_the_full_pass(name: str) -> None:
+    model, row = decoder(ffns=FFNS, layers=[f"attention + {name} x2"]).double().eval(), tokens(2, 12)
+    cache = model.new_cache()
+    with torch.no_grad():
+        parts = [model(piece, cache=cache) for piece in row.split([5, 1, 1, 4, 1], dim=1)]
+        assert (torch.cat(parts, dim=1) - model(row)).abs().max() < 1e-5  # logits are fp32
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_output_projections_scale_what_is_written(name: str) -> None:
     """With the written weights at zero the sublayer writes nothing: they are all of its ways to the stream."""
