@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -102,13 +103,15 @@ class Decoder(nn.Module):
         return Block(width, mixer, ffn, config.norm_eps, config.block, placement)
 
     def _place(self) -> None:
-        """Tells every sublayer which one of its definition it is: some depend on depth."""
-        pattern = self.config.pattern()
-        for part in ("mixer", "ffn"):
-            names = [getattr(layer, part) for layer in pattern]
-            for index, (name, block) in enumerate(zip(names, self.blocks)):
-                if name is not None:
-                    getattr(block, part).place(names[:index].count(name), names.count(name))
+        """Tells every sublayer which one of its kind it is: some depend on depth."""
+        main = [part for block in self.blocks for part in cast(Block, block).sublayers()]
+        seen: Counter[type] = Counter()
+        total = Counter(type(part) for part in main)
+        for part in main:
+            part.place(seen[type(part)], total[type(part)])
+            seen[type(part)] += 1
+        for part in [] if self.multi_token is None else self.multi_token.block.sublayers():
+            part.place(total[type(part)], total[type(part)] + 1)  # one more, after the last
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

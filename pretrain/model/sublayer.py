@@ -50,7 +50,7 @@ class Sublayer(nn.Module):
     owns_residual = False  # True: the module normalises its input and adds the residual itself (Hourglass)
 
     def place(self, index: int, count: int) -> None:
-        """Called once, before the weights are drawn: this is number `index` of the `count` sublayers of its definition."""
+        """Called once, before the weights are drawn: this is number `index` of the `count` sublayers of its kind."""
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs for one token (a multiply-add counts 2), `context` being the mean number of keys it can see."""

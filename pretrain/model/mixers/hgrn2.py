@@ -33,7 +33,7 @@ class HGRN2Config(MixerConfig):
     conv_width: int = Field(0, ge=0)
     """Taps of a short convolution on q, f and v, without an activation; 0 for none, as in the paper."""
     lower_bound: float | None = Field(None, ge=0, lt=1)
-    """Lower bound of the forget gate; when left out it rises evenly over the layers of this definition, from 0 by 1/layers,
+    """Lower bound of the forget gate; when left out it rises evenly over the HGRN2 layers, from 0 by 1/layers,
     which is where the learned bounds of the paper begin."""
     norm_per_head: bool = False
     """Normalise each head by itself in place of all channels together."""
