@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.gated_linear_attention.core import Gradients, passages, scan
 from kernels.gated_linear_attention.operands import Operands, decay_factor
 from kernels.gated_linear_attention.plan import Segment
 
@@ -24,8 +25,9 @@ FACTORED_SPAN = 40.0
 
 @dataclass
 class ChannelDecay:
-    """rows, columns [m H, C, K]: factors of q (with the scale) and of k.
+    """The decay of one segment of chunks. rows, columns [m H, C, K]: factors of q (with the scale) and of k; total [m H, K, 1].
 
+    factored: rows are exp(G_i - G_C), to be read from a decayed state; else exp(G_i). Columns are exp(G_C - G_j).
     blocks: from small to large, (b, factor of q, factor of k): how blocks of b tokens meet their left neighbours.
     leaf: tokens in the blocks on the diagonal, whose factors are leaf_rows and leaf_columns (None: 1).
     """
@@ -33,25 +35,12 @@ class ChannelDecay:
     scale: float
     rows: Tensor
     columns: Tensor
-    half: Tensor | None
     total: Tensor
     factored: bool = True
     leaf: int = 0
     leaf_rows: Tensor | None = None
     leaf_columns: Tensor | None = None
     blocks: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-
-    def query(self, x: Tensor) -> Tensor:
-        return _times(x, self.rows)
-
-    def key(self, x: Tensor) -> Tensor:
-        return _times(x, self.columns)
-
-    def value(self, x: Tensor) -> Tensor:
-        return x
-
-    def output(self, x: Tensor) -> Tensor:
-        return x
 
     # Scores of a chunk that is not factored are made of small products, where bf16 gains no time; and dq and dk must not be
     # rounded before the gate's gradient, a running sum of their difference, is taken.
@@ -87,30 +76,6 @@ class ChannelDecay:
             _halves(dk, b)[0].addcmul_(dleft, columns)
         return dq.mul_(self.scale), dk.mul_(self.scale), dg.mul_(self.scale)
 
-    def gradient_inside(
-        self, scores: Tensor, dscores: Tensor, query: Tensor, dquery: Tensor, key: Tensor, dkey: Tensor
-    ) -> Tensor:
-        wide = self.rows.dtype
-        difference = query.to(wide) * dquery.to(wide)
-        return _later(difference.addcmul_(key.to(wide), dkey.to(wide), value=-1.0), 1)
-
-    @property
-    def own_score(self) -> float:
-        return 1.0
-
-    @property
-    def own_dscore(self) -> float:
-        return self.scale
-
-    def per_gate(self, product: Tensor) -> Tensor:
-        return product.to(self.rows.dtype)
-
-    def past(self, product: Tensor) -> Tensor:
-        sums = product.sum((3, 4), dtype=self.rows.dtype)  # [m, H, K]; half² is the total
-        if self.half is None:
-            sums *= self.total[..., 0, 0]
-        return sums.flatten(0, 1)
-
 
 def _later(x: Tensor, dim: int) -> Tensor:
     """The sum of x from each place of `dim` on."""
@@ -140,18 +105,80 @@ def _diagonal(x: Tensor, size: int) -> Tensor:
     return x.view(-1, n, size, n, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def channel_gate(x: Operands, segment: Segment) -> ChannelDecay:
+class ChannelGate:
+    """One call's operands under a decay a channel; R = 1 here."""
+
+    def __init__(self, x: Operands) -> None:
+        self.x = x
+
+    def forward(self, segment: Segment, state: Tensor, o: Tensor, start: Tensor | None) -> None:
+        x = self.x
+        q, k = x.fetch_qk(segment)
+        v, decay = segment.fetch(x.v, dtype=x.compute), segment_decay(x, segment)
+        query, key = _times(q, decay.rows), _times(k, decay.columns)
+        if start is None:
+            start = q.new_empty(q.shape[0], x.K, x.V)
+        scan(segment, state, start, key.mT, v, decay.total, decayed=decay.factored)
+        inside = torch.bmm(query, key.mT).tril_() if decay.factored else decay.scores(q, k)
+        segment.put(o, torch.bmm(query, start).baddbmm_(inside, v))
+
+    def backward(self, segment: Segment, do: Tensor, start: Tensor, dstate: Tensor, gradients: Gradients) -> None:
+        """A token's score for itself, which passes no decay, is kept apart: in the gate's gradient it would leave noise."""
+        x = self.x
+        assert gradients.g is not None
+        q, k = x.fetch_qk(segment)
+        v, d = segment.fetch(x.v, dtype=x.compute), segment.fetch(do, dtype=x.compute)
+        decay = segment_decay(x, segment)
+        query, key = _times(q, decay.rows), _times(k, decay.columns)
+        ends = torch.empty_like(start)
+        scan(segment, dstate, ends, query.mT, d, decay.total, decayed=decay.factored, backwards=True)
+        dquery, dkey, dv = torch.bmm(d, start.mT), torch.bmm(v, ends.mT), torch.bmm(key, ends)
+        past = (start * ends).sum(-1, dtype=x.wide)
+        if not decay.factored:
+            past *= decay.total[..., 0]
+        dg = passages((query * dquery).to(x.wide), (key * dkey).to(x.wide), past)
+
+        dscores = torch.bmm(d, v.mT)
+        own_dscore = _own(dscores) * x.scale
+        dscores.tril_(-1)
+        if decay.factored:
+            scores = torch.bmm(query, key.mT)
+            dquery_inside, dkey_inside = torch.bmm(dscores, key), torch.bmm(dscores.mT, query)
+            difference = query.to(x.wide) * dquery_inside.to(x.wide)
+            dg += _later(difference.addcmul_(key.to(x.wide), dkey_inside.to(x.wide), value=-1.0), 1)
+            dq, dk = _times(dquery.add_(dquery_inside), decay.rows), _times(dkey.add_(dkey_inside), decay.columns)
+        else:
+            scores = decay.scores(q, k)
+            dq, dk, dg_inside = decay.scores_backward(scores, dscores, q, k)
+            dg += dg_inside
+            dq.add_(_times(dquery, decay.rows))
+            dk.add_(_times(dkey, decay.columns))
+        own_score = _own(scores)
+        dv.baddbmm_(scores.tril_(-1).mT, d).addcmul_(own_score, d)
+        segment.put(gradients.q, dq.addcmul_(own_dscore, k))
+        segment.put(gradients.k, dk.addcmul_(own_dscore, q))
+        segment.put(gradients.v, dv)
+        segment.put(gradients.g, dg)
+
+    def finish(self, gradients: Gradients) -> None:
+        pass
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy of the diagonal of [M, C, C], as a factor of rows [M, C, 1]."""
+    return x.diagonal(dim1=1, dim2=2)[..., None].clone()
+
+
+def segment_decay(x: Operands, segment: Segment) -> ChannelDecay:
     assert x.g is not None
     g = segment.fetch(x.g)  # [m H, C, K], in fp32 at least
     C = g.shape[1]
-    state = (-1, x.H, x.K, 1, 1)
     G = g.cumsum(1)
     end = G[:, -1:]
     if float(end.amin()) >= -FACTORED_SPAN:
-        middle = end / 2
-        rows = (G - middle).exp_()
+        rows = (G - end).exp_()
         columns = rows.reciprocal()
-        return ChannelDecay(x.scale, rows.mul_(x.scale), columns, middle.exp().view(state), end.exp().view(state))
+        return ChannelDecay(x.scale, rows.mul_(x.scale), columns, end.exp().mT)
     leaf = C // 2
     while leaf > 1 and float(g.unflatten(1, (-1, leaf)).sum(2).amin()) < -FACTORED_SPAN:
         leaf //= 2
@@ -160,7 +187,7 @@ def channel_gate(x: Operands, segment: Segment) -> ChannelDecay:
     after = (
         torch.cat([blocks[:, :, 1:], torch.zeros_like(blocks[:, :, :1])], 2).flip(2).cumsum(2).flip(2)
     )  # from j, not included
-    decay = ChannelDecay(x.scale, G, G, None, G, factored=False, leaf=leaf)
+    decay = ChannelDecay(x.scale, G, G, G, factored=False, leaf=leaf)
     if leaf > 1:
         middle = until[:, :, -1:] / 2
         decay.leaf_rows = (until - middle).exp()
@@ -168,13 +195,15 @@ def channel_gate(x: Operands, segment: Segment) -> ChannelDecay:
     b = leaf
     while b < C:
         until, after = until.unflatten(1, (-1, 2)), after.unflatten(1, (-1, 2))
-        decay.blocks.append((b, decay_factor(until[:, :, 1].clone()), decay_factor(after[:, :, 0].clone())))
+        decay.blocks.append(
+            (b, decay_factor(until[:, :, 1].clone(), x.wide), decay_factor(after[:, :, 0].clone(), x.wide))
+        )
         sums = until[:, :, :, -1:]
         until = torch.cat([until[:, :, 0], until[:, :, 1] + sums[:, :, 0]], 2)
         after = torch.cat([after[:, :, 0] + sums[:, :, 1], after[:, :, 1]], 2)
         b *= 2
     until, after = until.flatten(1, 2), after.flatten(1, 2)
-    decay.total = until[:, -1].exp().view(state)
-    decay.rows = decay_factor(until).mul_(x.scale)
-    decay.columns = decay_factor(after)
+    decay.total = until[:, -1:].exp().mT
+    decay.rows = decay_factor(until, x.wide).mul_(x.scale)
+    decay.columns = decay_factor(after, x.wide)
     return decay

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.gated_linear_attention.channel_gate import channel_gate
+from kernels.gated_linear_attention.channel_gate import ChannelGate
 from kernels.gated_linear_attention.core import Gate, Gradients, backward, forward
-from kernels.gated_linear_attention.head_gate import head_gate, no_gate
+from kernels.gated_linear_attention.head_gate import HeadGate, NoGate
 from kernels.gated_linear_attention.operands import Operands
 from kernels.gated_linear_attention.plan import make_plan
 
@@ -53,24 +53,25 @@ def _operands(
     )
 
 
-def _gate(g: Tensor | None) -> Gate:
-    if g is None:
-        return no_gate
-    return channel_gate if g.dim() == 4 else head_gate
+def _gate(x: Operands) -> Gate:
+    if x.g is None:
+        return NoGate(x)
+    return ChannelGate(x) if x.g.dim() == 3 else HeadGate(x)
 
 
 def _inner_states(x: Operands, states: Tensor | None) -> Tensor:
-    """[N, H R, K, V] -> a new sorted [N, H, K, R, V]."""
+    """[N, H R, K, V] -> a new sorted [N, H, K, R V]."""
     N = x.plan.sequences
     if states is None:
-        return x.q.new_zeros(N, x.H, x.K, x.R, x.V, dtype=x.wide)
+        return x.q.new_zeros(N, x.H, x.K, x.R * x.V, dtype=x.wide)
     inner = states.to(x.wide).reshape(N, x.H, x.R, x.K, x.V).transpose(2, 3)
-    return x.plan.sort(inner).clone(memory_format=torch.contiguous_format)
+    return x.plan.sort(inner).clone(memory_format=torch.contiguous_format).flatten(3)
 
 
 def _outer_states(x: Operands, states: Tensor) -> Tensor:
     """The inverse of `_inner_states`."""
-    return x.plan.unsort(states.transpose(2, 3).reshape(x.plan.sequences, x.H * x.R, x.K, x.V))
+    states = states.unflatten(3, (x.R, x.V)).transpose(2, 3)
+    return x.plan.unsort(states.reshape(x.plan.sequences, x.H * x.R, x.K, x.V))
 
 
 class _GatedLinearAttention(torch.autograd.Function):
@@ -94,7 +95,7 @@ class _GatedLinearAttention(torch.autograd.Function):
         starts = None
         if any(ctx.needs_input_grad):
             starts = torch.empty(x.plan.chunks * x.H, K, x.R * V, dtype=x.compute, device=q.device)
-        forward(x, _gate(g), state, o, starts)
+        forward(x, _gate(x), state, o, starts)
         o = o[: B * T].view(B, T, HV, V)
         ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, starts)
         ctx.scale, ctx.chunk_size = scale, chunk_size
@@ -105,7 +106,6 @@ class _GatedLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, initial_state, cu_seqlens, starts = ctx.saved_tensors
         x = _operands(q, k, v, g, ctx.scale, cu_seqlens, ctx.chunk_size)
-        gate = _gate(g)
         dstate = _inner_states(x, dfinal)
         B, T, HV, V = v.shape
         H, K = q.shape[2:]
@@ -116,7 +116,7 @@ class _GatedLinearAttention(torch.autograd.Function):
             v=v.new_empty(L + 1, HV, V),
             g=None if g is None else g.new_empty(L + 1, *g.shape[2:]),
         )
-        backward(x, gate, do.reshape(L, HV, V), starts, dstate, gradients)
+        backward(x, _gate(x), do.reshape(L, HV, V), starts, dstate, gradients)
 
         def shaped(gradient: Tensor) -> Tensor:
             return gradient[:L].view(B, T, H, x.repeat, K).sum(3) if x.repeat > 1 else gradient[:L].view(q.shape)

@@ -1,78 +1,18 @@
-"""The chunk form itself, forward and backward, for any gate: see `operands.Decay` for what a gate supplies.
+"""What the chunk form is made of, for any gate: the loop over segments, the scan of the state, the gate's gradient.
 
 Sources: GLA (arXiv:2312.06635, section 4 and appendix C) and Mamba-2 (arXiv:2405.21060, section 6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.gated_linear_attention.operands import Decay, Operands
+from kernels.gated_linear_attention.operands import Operands
 from kernels.gated_linear_attention.plan import Segment
-
-Gate = Callable[[Operands, Segment], Decay]
-
-
-def _fetch_qk(x: Operands, segment: Segment) -> tuple[Tensor, Tensor]:
-    return segment.fetch(x.q, x.repeat, x.compute), segment.fetch(x.k, x.repeat, x.compute)
-
-
-def _by_piece(x: Tensor | None, segment: Segment) -> list[Tensor | None]:
-    return [None] * len(segment.sizes) if x is None else [*x.split(segment.sizes)]
-
-
-def _scan(
-    kept: Tensor, added: Tensor, decay: Decay, segment: Segment, state: Tensor, *, backwards: bool = False
-) -> None:
-    """state <- total state + half added, chunk by chunk, and kept = half state before each.
-
-    kept, added [m, H, K, R, V]; state [N, H, K, R, V], moved on in place. backwards: from the last chunk to the first.
-    """
-    pieces = list(
-        zip(
-            segment.states(state),
-            _by_piece(kept, segment),
-            _by_piece(added, segment),
-            _by_piece(decay.half, segment),
-            _by_piece(decay.total, segment),
-        )
-    )
-    for here, before, increment, half, total in reversed(pieces) if backwards else pieces:
-        assert before is not None and increment is not None
-        if half is not None and total is not None:
-            torch.mul(here, half, out=before)
-            here.mul_(total).addcmul_(increment, half)
-        else:
-            before.copy_(here)
-            if total is not None:
-                here.mul_(total)
-            here.add_(increment)
-
-
-def forward(x: Operands, gate: Gate, state: Tensor, o: Tensor, starts: Tensor | None) -> None:
-    """Writes o [tokens + 1, H R, V] and moves `state` [N, H, K, R, V] (sorted) to the end of each sequence.
-
-    starts [M H, K, R V], if given, receives half S at the start of every chunk, for the backward.
-    """
-    for segment in x.plan.segments(x.size):
-        q, k = _fetch_qk(x, segment)
-        v = segment.fetch(x.v, 1, x.compute)
-        decay = gate(x, segment)
-        query, key, value = decay.query(q), decay.key(k), x.fold(decay.value(v))
-        written = torch.bmm(key.transpose(1, 2), value)
-        start = torch.empty_like(written) if starts is None else starts[segment.first * x.H : segment.last * x.H]
-        _scan(start.view(x.state_shape), written.view(x.state_shape), decay, segment, state)
-        read = torch.bmm(query, start)
-        if decay.factored:
-            inside = torch.bmm(query, key.transpose(1, 2)).tril_()
-            out = decay.output(x.unfold(read.baddbmm_(inside, value)))
-        else:
-            out = decay.output(x.unfold(read)).baddbmm_(decay.scores(q, k), v)
-        segment.put(o, out)
 
 
 @dataclass(frozen=True)
@@ -85,86 +25,91 @@ class Gradients:
     g: Tensor | None
 
 
+class Gate(Protocol):
+    """One call's operands under its gate, worked on a segment at a time.
+
+    state [N, H, K, R V], sorted, is moved in place from the segment's start to its end; dstate the other way.
+    start [m H, K, R V]: the states that the chunks' queries read, written by `forward` and read by `backward`.
+    """
+
+    def forward(self, segment: Segment, state: Tensor, o: Tensor, start: Tensor | None) -> None: ...
+
+    def backward(self, segment: Segment, do: Tensor, start: Tensor, dstate: Tensor, gradients: Gradients) -> None: ...
+
+    def finish(self, gradients: Gradients) -> None:
+        """After the last segment of the backward."""
+        ...
+
+
+def forward(x: Operands, gate: Gate, state: Tensor, o: Tensor, starts: Tensor | None) -> None:
+    """Writes o [tokens + 1, H R, V] and moves `state` [N, H, K, R V] (sorted) to the end of each sequence.
+
+    starts [M H, K, R V], if given, receives what `backward` needs of the states.
+    """
+    for segment in x.plan.segments(x.size):
+        gate.forward(segment, state, o, None if starts is None else starts[segment.rows(x.H)])
+
+
 def backward(x: Operands, gate: Gate, do: Tensor, starts: Tensor, dstate: Tensor, gradients: Gradients) -> None:
-    """Fills `gradients`; dstate [N, H, K, R, V] (sorted) turns from the final states' gradient into the initial states'.
+    """Fills `gradients`; dstate [N, H, K, R V] (sorted) turns from the final states' gradient into the initial states'.
 
     do [tokens, H R, V]; starts as `forward` gave them.
-
-    The gate's gradient at token t is what passes from tokens before t to tokens from t on. It is summed up from just these
-    passages: from earlier chunks into this one, from this one into later ones, past it, and inside it. (The shorter
-    Σ_{i >= t} (q_i·dq_i - k_i·dk_i) takes them as a difference of sums that also hold everything else, and is left with
-    rounding noise where the decay is strong.)
     """
     for segment in reversed(x.plan.segments(x.size)):
-        q, k = _fetch_qk(x, segment)
-        v, d = segment.fetch(x.v, 1, x.compute), segment.fetch(do, 1, x.compute)
-        decay = gate(x, segment)
-        query, key, value, seen = decay.query(q), decay.key(k), x.fold(decay.value(v)), x.fold(decay.output(d))
-        start = starts[segment.first * x.H : segment.last * x.H]
-        read = torch.bmm(query.transpose(1, 2), seen)  # gradient of half S through the chunk's outputs
-        ends = torch.empty_like(read)  # gradient of W
-        _scan(ends.view(x.state_shape), read.view(x.state_shape), decay, segment, dstate, backwards=True)
+        gate.backward(segment, do, starts[segment.rows(x.H)], dstate, gradients)
+    gate.finish(gradients)
 
-        # Through the state: what earlier chunks give to this one, and this one to later chunks.
-        dquery = torch.bmm(seen, start.transpose(1, 2))
-        dkey = torch.bmm(value, ends.transpose(1, 2))
-        dvalue = torch.bmm(key, ends)
-        dg = None
-        if gradients.g is not None:
-            if x.R == 1:
-                read_here, written_here = query * dquery, key * dkey
-            else:  # dquery and dkey are sums over value heads; for each of them q·dq = o·do and k·dk = v·dv
-                read_here = x.unfold(torch.bmm(query, start)) * x.unfold(seen)
-                written_here = decay.value(v) * x.unfold(dvalue)
-            past = decay.past((start * ends).view(x.state_shape))
-            dg = _passages(decay.per_gate(read_here), decay.per_gate(written_here), past)
 
-        # Through the scores inside the chunk. With a gate, a token's score for itself, which passes no decay, is kept apart.
-        if dg is None:
-            inside = torch.bmm(query, key.transpose(1, 2)).tril_()
-            dinside = torch.bmm(seen, value.transpose(1, 2)).tril_()
-            dv = decay.value(x.unfold(dvalue.baddbmm_(inside.transpose(1, 2), seen)))
-            dq = decay.query(dquery.baddbmm_(dinside, key))
-            dk = decay.key(dkey.baddbmm_(dinside.transpose(1, 2), query))
-        elif decay.factored:
-            inside = torch.bmm(query, key.transpose(1, 2))
-            dinside = torch.bmm(seen, value.transpose(1, 2))
-            own_score = x.of_values(_diagonal(inside)) * decay.own_score
-            own_dscore = _diagonal(dinside) * decay.own_dscore
-            inside.tril_(-1)
-            dinside.tril_(-1)
-            dquery_inside = torch.bmm(dinside, key)
-            dkey_inside = torch.bmm(dinside.transpose(1, 2), query)
-            if x.R > 1:
-                dinside = torch.bmm(x.unfold(seen), decay.value(v).transpose(1, 2))
-            dg += decay.gradient_inside(x.of_values(inside), dinside, query, dquery_inside, key, dkey_inside)
-            dv = decay.value(x.unfold(dvalue.baddbmm_(inside.transpose(1, 2), seen))).addcmul_(own_score, d)
-            dq = decay.query(dquery.add_(dquery_inside)).addcmul_(own_dscore, k)
-            dk = decay.key(dkey.add_(dkey_inside)).addcmul_(own_dscore, q)
+def scan(
+    segment: Segment,
+    state: Tensor,
+    kept: Tensor,
+    a: Tensor,
+    b: Tensor,
+    total: Tensor | None,
+    *,
+    decayed: bool,
+    backwards: bool = False,
+) -> None:
+    """state <- total state + a b, chunk by chunk, keeping in `kept` what the state was at each.
+
+    state [N, H, K, R V], in place; kept [m H, K, R V]; a [m H, K, C]; b [m H, C, R V]; total [m H, K or 1, R V or 1] or
+    None for 1. decayed: forwards, the state is kept after it has decayed; backwards, what is added decays with the rest.
+    backwards: from the last chunk to the first.
+    """
+    H = state.shape[1]
+    sizes = [n * H for n in segment.sizes]
+    totals = [None] * len(sizes) if total is None else total.split(sizes)
+    pieces = list(zip(segment.states(state), kept.split(sizes), a.split(sizes), b.split(sizes), totals))
+    for views, before, left, right, decay in reversed(pieces) if backwards else pieces:
+        here = views.flatten(0, 1)
+        if decay is None:
+            before.copy_(here)
+            add_product_(here, left, right)
+        elif not decayed:
+            before.copy_(here)
+            add_product_(here.mul_(decay), left, right)
+        elif backwards:
+            before.copy_(here)
+            add_product_(here, left, right).mul_(decay)
         else:
-            scores, dscores = decay.scores(q, k), torch.bmm(d, v.transpose(1, 2))
-            own_score = _diagonal(scores)
-            own_dscore = x.sum_values(_diagonal(dscores)) * x.scale
-            scores.tril_(-1)
-            dq, dk, dg_inside = decay.scores_backward(scores, dscores.tril_(-1), q, k)
-            dg += dg_inside
-            dv = decay.value(x.unfold(dvalue)).baddbmm_(scores.transpose(1, 2), d).addcmul_(own_score, d)
-            dq.add_(decay.query(dquery)).addcmul_(own_dscore, k)
-            dk.add_(decay.key(dkey)).addcmul_(own_dscore, q)
-        segment.put(gradients.q, dq)
-        segment.put(gradients.k, dk)
-        segment.put(gradients.v, dv)
-        if gradients.g is not None and dg is not None:
-            segment.put(gradients.g, dg)
+            before.copy_(here.mul_(decay))
+            add_product_(here, left, right)
 
 
-def _diagonal(x: Tensor) -> Tensor:
-    """A copy of the diagonal of [M, C, C], as a factor of rows [M, C, 1]."""
-    return x.diagonal(dim1=1, dim2=2)[..., None].clone()
+def add_product_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x += a b, batched, where x may be of a wider dtype than a and b."""
+    return x.baddbmm_(a, b) if x.dtype == a.dtype else x.add_(torch.bmm(a, b))
 
 
-def _passages(read: Tensor, written: Tensor, past: Tensor) -> Tensor:
-    """Gate gradients [M, C, ...] of what tokens from t on read, what tokens before t wrote, and what went past [M, ...]."""
+def passages(read: Tensor, written: Tensor, past: Tensor) -> Tensor:
+    """Gate gradients [M, C, ...] of what tokens from t on read, what tokens before t wrote, and what went past [M, ...].
+
+    The gate's gradient at token t is what passes from tokens before t to tokens from t on. It is summed up from just these
+    passages: from earlier chunks into this one, from this one into later ones, past it, and (by the gates) inside it. (The
+    shorter Σ_{i >= t} (q_i·dq_i - k_i·dk_i) takes them as a difference of sums that also hold everything else, and is left
+    with rounding noise where the decay is strong.)
+    """
     dg = read.flip(1).cumsum(1).flip(1)
     dg[:, 1:] += written[:, :-1].cumsum(1)
     return dg.add_(past.unsqueeze(1))

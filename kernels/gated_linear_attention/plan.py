@@ -34,48 +34,70 @@ class Segment:
     slots: Tensor
     padding: Tensor | None
 
+    def rows(self, heads: int) -> slice:
+        """The segment's place in tensors whose first dim is chunks times heads."""
+        return slice(self.first * heads, self.last * heads)
+
     def states(self, states: Tensor) -> list[Tensor]:
         """The pieces' views of sorted states [N, ...], in list order."""
         return [states[n : n + size] for n, size in zip(self.sequences, self.sizes)]
 
-    def _window(self, x: Tensor) -> Tensor:
-        """[tokens (+ 1), heads, ...] -> the rectangle's view [steps, rows, heads, C, ...]."""
+    def _window(self, x: Tensor, group: int) -> Tensor:
+        """[tokens (+ 1), heads, ...] -> the rectangle's view [steps, rows, heads / group, C, group, ...]."""
         assert self.rectangle is not None
         B, T, C = self.shape
         row, rows, token, tokens = self.rectangle
-        x = x[: B * T].view(B, T, *x.shape[1:])[row : row + rows, token : token + tokens]
-        x = x.unflatten(1, (-1, C))
+        x = x[: B * T].unflatten(0, (B, T))[row : row + rows, token : token + tokens]
+        x = x.unflatten(2, (-1, group)).unflatten(1, (-1, C))
         return x.permute(1, 0, 3, 2, *range(4, x.dim()))
 
-    def _rows(self, heads: int) -> Tensor:
-        """Rows of [tokens * heads, ...] in the order of the chunks: int64 [m * heads * C]."""
-        head = torch.arange(heads, device=self.slots.device)
-        return (self.slots[:, None] * heads + head[:, None]).flatten()
+    def _places(self, heads: int, group: int) -> Tensor:
+        """Places in [tokens * heads, ...] in the order that `fetch` gives: int64 [m * heads * C]."""
+        head = torch.arange(heads, device=self.slots.device).view(-1, 1, group)
+        return (self.slots[:, None, :, None] * heads + head).flatten()
 
-    def fetch(self, x: Tensor, repeat: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-        """x [tokens, heads, ...] -> a new [m * heads * repeat, C, ...], zero where there is no token."""
-        heads, rest, C = x.shape[1], x.shape[2:], self.shape[2]
+    def fetch(
+        self, x: Tensor, group: int = 1, factor: Tensor | float | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x [tokens, heads, ...] -> a new [m * heads / group, C, group * ...], zero where there is no token.
+
+        Multiplied by `factor` [m * heads / group, C, group] or a number on the way: copying alone takes as long.
+        """
+        rest, C = x.shape[2:], self.shape[2]
         m = self.last - self.first
-        out = x.new_empty(m, heads, repeat, C, *rest, dtype=dtype or x.dtype)
+        out = x.new_empty(m, x.shape[1] // group, C, group, *rest, dtype=dtype or x.dtype)
         if self.rectangle is not None:
-            window = self._window(x)
-            out.view(*window.shape[:3], repeat, *window.shape[3:]).copy_(window.unsqueeze(3))
+            source = self._window(x, group)
         else:
             flat = x.reshape(-1, *rest)
-            taken = flat.index_select(0, self._rows(heads).clamp_(max=flat.shape[0] - 1)).view(m, heads, 1, C, *rest)
+            taken = flat.index_select(0, self._places(x.shape[1], group).clamp_(max=flat.shape[0] - 1)).view(out.shape)
             if self.padding is not None:
-                taken.masked_fill_(self.padding.view(m, 1, 1, C, *(1 for _ in rest)), 0)
-            out.copy_(taken)
-        return out.view(-1, C, *rest)
+                taken.masked_fill_(self.padding.view(m, 1, C, 1, *(1 for _ in rest)), 0)
+            source = taken
+        _times(source, factor, out.view(source.shape))
+        return out.view(-1, C, *rest) if group == 1 else out.view(-1, C, group * rest[0], *rest[1:])
 
-    def put(self, x: Tensor, values: Tensor) -> None:
-        """The inverse of fetch. x [tokens + 1, heads, ...]: slots without a token write to the last place."""
+    def put(self, x: Tensor, values: Tensor, group: int = 1, factor: Tensor | float | None = None) -> None:
+        """The inverse of fetch, times factor. x [tokens + 1, heads, ...]: slots without a token write to the last place."""
         if self.rectangle is not None:
-            window = self._window(x)
-            window.copy_(values.view(window.shape))
+            window = self._window(x, group)
+            _times(values.view(window.shape), factor, window)
         else:
-            flat = x.view(-1, *x.shape[2:])
-            flat.index_copy_(0, self._rows(x.shape[1]), values.reshape(-1, *x.shape[2:]).to(x.dtype))
+            places, rest = self._places(x.shape[1], group), x.shape[2:]
+            values = values.view(self.last - self.first, -1, self.shape[2], group, *rest)
+            made = torch.empty_like(values, dtype=x.dtype)
+            _times(values, factor, made)
+            x.view(-1, *rest).index_copy_(0, places, made.view(-1, *rest))
+
+
+def _times(x: Tensor, factor: Tensor | float | None, out: Tensor) -> None:
+    """out = x times a factor for each row of x's last dim; the tensors may differ in dtype."""
+    if factor is None:
+        out.copy_(x)
+    elif isinstance(factor, float):
+        torch.mul(x, factor, out=out)
+    else:
+        torch.mul(x, factor.view(*x.shape[:-1], 1), out=out)
 
 
 @dataclass(frozen=True)
