@@ -1,4 +1,4 @@
-"""`python -m pretrain.checkpoint list | inspect | verify`: look at checkpoints, without the job that wrote them."""
+"""`python -m pretrain.checkpoint list | inspect | verify | export | import`: checkpoints, without the job that wrote them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import argparse
 import sys
 from pathlib import Path
 
+from pretrain.checkpoint.interop import FORMATS
+from pretrain.options import size_in_bytes
+
 EXAMPLES = """examples:
   python -m pretrain.checkpoint list runs/quickstart
   python -m pretrain.checkpoint inspect runs/quickstart --tensors
   python -m pretrain.checkpoint verify runs/quickstart/checkpoints/step_00000100
-Exit codes: 0 good, 1 some checkpoints are damaged, 2 bad usage, 78 checkpoints exist but none can be loaded."""
+  python -m pretrain.checkpoint export runs/llama --out exported/llama --dtype bf16
+  python -m pretrain.checkpoint import downloads/some_model --out runs/imported
+Exit codes: 0 good, 1 some checkpoints or files are damaged, 2 bad usage, or a model that a format cannot express,
+78 checkpoints exist but none can be loaded."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.checkpoint",
-        description="Look at checkpoints and check them.",
+        description="Look at checkpoints, check them, and exchange models with Hugging Face folders.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -29,6 +35,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--tensors", action="store_true", help="every tensor with its dtype and shape")
     one = commands.add_parser("verify", help="read every tensor, check sizes and that all numbers are finite")
     one.add_argument("path", type=Path, metavar="CHECKPOINT", help=what)
+    one = commands.add_parser("export", help="write a model as a Hugging Face folder")
+    one.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help=what)
+    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    one.add_argument(
+        "--format",
+        default="auto",
+        metavar="FORMAT",
+        help=f"{', '.join(FORMATS)}; auto (default) takes the first that fits",
+    )
+    one.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")
+    one.add_argument(
+        "--shard-size",
+        type=size_in_bytes,
+        default=4 << 30,
+        metavar="SIZE",
+        help="most bytes in one file (default 4GiB)",
+    )
+    one = commands.add_parser("import", help="make a run folder of a Hugging Face folder")
+    one.add_argument("path", type=Path, metavar="HF_FOLDER", help="config.json, safetensors files, a tokenizer")
+    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new run folder")
     return parser.parse_args(argv)
 
 
@@ -41,6 +67,12 @@ def main(argv: list[str] | None = None) -> int:
             return commands.list_(arguments.path)
         if arguments.command == "inspect":
             return commands.inspect(arguments.path, tensors=arguments.tensors)
+        if arguments.command == "export":
+            return commands.export(
+                arguments.path, arguments.out, arguments.format, arguments.dtype, arguments.shard_size
+            )
+        if arguments.command == "import":
+            return commands.import_(arguments.path, arguments.out)
         return commands.verify(arguments.path)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -104,6 +104,28 @@ def verify(path: Path) -> int:
         if len(faults) > 20:
             print(f"  and {len(faults) - 20} more")
     return FINISHED if not bad else NO_CHECKPOINT if bad == len(found) else ERROR
+
+
+def export(path: Path, out: Path, form: str, dtype: Literal["fp32", "bf16"], shard_bytes: int) -> int:
+    """Write a model as a Hugging Face folder. Returns 0; what hinders it is raised."""
+    from pretrain.checkpoint.interop.export import export
+
+    done = export(path, out, form, dtype, shard_bytes)
+    for note in done.notes:
+        _warn(f"note: {note}")
+    print(f"{done.folder}: {done.checkpoint.name} as {done.form.architecture} ({done.form.name}), {_size(done.bytes)}")
+    return FINISHED
+
+
+def import_(path: Path, out: Path) -> int:
+    """Make a run folder of a Hugging Face folder. Returns 0; what hinders it is raised."""
+    from pretrain.checkpoint.interop.intake import intake
+
+    done = intake(path, out)
+    for note in done.notes:
+        _warn(f"note: {note}")
+    print(f"{done.checkpoint}: {done.form.title}, {done.tensors} tensors")
+    return FINISHED
 
 
 def faults_of_tensors(path: Path) -> list[str]:

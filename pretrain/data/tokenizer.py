@@ -1,10 +1,13 @@
-"""SentencePiece, made lossless: decode(encode(text)) == text for every text that UTF-8 can hold."""
+"""Text to token ids and back: a SentencePiece .model, made lossless, or a tokenizer.json of the `tokenizers` library."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,65 +18,117 @@ SPACE = "\u2581"
 _SPACE_BYTES = SPACE.encode()
 
 
-class Tokenizer:
-    """A SentencePiece .model file, loaded at first use (so it can be handed to other processes by path).
+def is_json(path: Path) -> bool:
+    """Whether a tokenizer file is a tokenizer.json, whatever it is called. A .model file begins with a byte 10."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] == b"{"
 
+
+class Tokenizer:
+    """A tokenizer file, loaded at first use (so it can be handed to other processes by path).
+
+    With a SentencePiece .model, decode(encode(text)) == text for every text that UTF-8 can hold, unless the model normalises; a
+    tokenizer.json keeps its own promises. Its names for bos and eos come from tokenizer_config.json beside it.
     Raises DataError if the file cannot be loaded, ValueError if it does not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UsageError(f"no tokenizer at {self.path}; give the path of a SentencePiece .model file")
+            raise UsageError(f"no tokenizer at {self.path}; give a SentencePiece .model file or a tokenizer.json")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
 
     @cached_property
-    def _processor(self) -> Any:
-        import sentencepiece
-
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(self.path.read_bytes())
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"{self.path} is not a SentencePiece model ({error}); give a .model file, or let `prepare` train one"
-            ) from None
-        return processor
-
-    @cached_property
-    def _space_ids(self) -> list[int]:
-        """Ids that spell U+2581 byte by byte; empty if the model has no byte pieces or adds a space to each text."""
-        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_BYTES]
-        prefixed = int(self.token_bytes[self._processor.encode("x")].sum()) != 1
-        return ids if all(self._processor.is_byte(i) for i in ids) and not prefixed else []
+    def _words(self) -> _Words:
+        return _Json(self.path) if is_json(self.path) else _Pieces(self.path)
 
     @property
     def vocabulary_size(self) -> int:
         """Number of token ids."""
-        return int(self._processor.vocab_size())
+        return self._words.size
 
     @property
     def bos(self) -> int:
         """The id that begins a document (the end-of-document id, if the model has no beginning)."""
-        found = int(self._processor.bos_id())
-        return found if found >= 0 else self.eos
+        found = self._words.bos
+        return self.eos if found is None else found
 
     @property
     def eos(self) -> int:
         """The id that ends a document. Raises ValueError if the model has none."""
-        found = int(self._processor.eos_id())
-        if found < 0:
-            raise UsageError(f"{self.path} has no end-of-sentence piece, which separates documents; train it with one")
+        found = self._words.eos
+        if found is None:
+            raise UsageError(
+                f"{self.path} has no end-of-sentence piece, which separates documents; train it with one, or name it as "
+                "eos_token in a tokenizer_config.json beside it"
+            )
         return found
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int32 [vocabulary]: bytes of text that each id stands for; 0 for bos, eos, unknown and other control ids."""
+        return self._words.bytes_of_ids()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without bos or eos; control ids that are spelled out in it are plain text."""
+        return self._words.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`. Bytes that are not UTF-8 (a model may sample such) become U+FFFD."""
+        return self._words.decode(ids)
+
+    def piece(self, token: int) -> str:
+        """One id, printable: control ids by name, others as a quoted string."""
+        return self._words.piece(token)
+
+
+class _Words(Protocol):
+    """What a kind of tokenizer file must offer. bos, eos: None if there is none."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+    def bytes_of_ids(self) -> np.ndarray: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def piece(self, token: int) -> str: ...
+
+
+class _Pieces:
+    """SentencePiece."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(path.read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                f"{path} is not a SentencePiece model ({error}); give a .model file or a tokenizer.json, or let `prepare` "
+                "train one"
+            ) from None
+        self.size = int(self._processor.vocab_size())
+        self.bos, self.eos = (
+            found if found >= 0 else None for found in (self._processor.bos_id(), self._processor.eos_id())
+        )
+
+    @cached_property
+    def _space_ids(self) -> list[int]:
+        """Ids that spell U+2581 byte by byte; empty if the model has no byte pieces or adds a space to each text."""
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_BYTES]
+        prefixed = int(self.bytes_of_ids()[self._processor.encode("x")].sum()) != 1
+        return ids if all(self._processor.is_byte(i) for i in ids) and not prefixed else []
+
+    def bytes_of_ids(self) -> np.ndarray:
         processor = self._processor
-        table = np.zeros(self.vocabulary_size, np.int32)
-        for i in range(self.vocabulary_size):
+        table = np.zeros(self.size, np.int32)
+        for i in range(self.size):
             if processor.is_byte(i):
                 table[i] = 1
             elif not (processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)):
@@ -81,23 +136,99 @@ class Tokenizer:
         return table
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos."""
+        found: list[int]
         if SPACE not in text or not self._space_ids:
-            return self._processor.encode(text)
-        ids: list[int] = []
+            found = self._processor.encode(text)
+            return found
+        found = []
         for number, part in enumerate(text.split(SPACE)):
             if number:
-                ids += self._space_ids
-            ids += self._processor.encode(part)
-        return ids
+                found += self._space_ids
+            found += self._processor.encode(part)
+        return found
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of `ids`. Bytes that are not UTF-8 (a model may sample such) become U+FFFD."""
-        return self._processor.decode(ids)
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode(ids)
+        return text
 
     def piece(self, token: int) -> str:
-        """One id, printable: control ids by name, others as a quoted string."""
         name = str(self._processor.id_to_piece(token))
         if self._processor.is_control(token) or self._processor.is_byte(token) or self._processor.is_unknown(token):
             return name
+        return repr(name.replace(SPACE, " "))
+
+
+class _Json:
+    """tokenizer.json."""
+
+    # For a file that has travelled without its tokenizer_config.json: what such tokens are usually called.
+    USUAL = (
+        ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]"),
+        ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]"),
+    )
+    BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise UsageError(f"{path} needs the tokenizers package: pip install tokenizers") from None
+        try:
+            text = path.read_text(encoding="utf-8")
+            self._model = tokenizers.Tokenizer.from_str(text)
+            written = json.loads(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(
+                f"{path} is not a tokenizer.json ({error}); give one, or a SentencePiece .model file"
+            ) from None
+        self._model.encode_special_tokens = True  # "</s>" in a text is text
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        added = written.get("added_tokens") or []
+        self._special = {token["id"] for token in added if token.get("special")}
+        self._added = {token["id"]: token["content"] for token in added}
+        self._byte_level = '"ByteLevel"' in json.dumps([written.get(key) for key in ("pre_tokenizer", "decoder")])
+        self.bos, self.eos = self._ends(path)
+
+    def _ends(self, path: Path) -> tuple[int | None, int | None]:
+        beside = path.with_name("tokenizer_config.json")
+        try:
+            settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+        except ValueError as error:
+            raise DataError(f"{beside} cannot be read: {error}") from None
+        found: list[int | None] = []
+        for key, usual in zip(("bos_token", "eos_token"), self.USUAL):
+            named = (settings or {}).get(key)
+            named = named.get("content") if isinstance(named, dict) else named
+            names = usual if settings is None else [named] if named else []
+            ids = [self._model.token_to_id(name) for name in names]
+            found.append(next((i for i in ids if i is not None), None))
+        return found[0], found[1]
+
+    def bytes_of_ids(self) -> np.ndarray:
+        return np.array([self._bytes(i) for i in range(self.size)], np.int32)
+
+    def _bytes(self, token: int) -> int:
+        name = self._model.id_to_token(token)
+        if name is None or token in self._special:
+            return 0
+        if token in self._added:
+            return len(self._added[token].replace(SPACE, " ").encode())
+        if self._byte_level:
+            return len(name)  # one character a byte
+        return 1 if self.BYTE.fullmatch(name) else len(name.replace(SPACE, " ").encode())
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._model.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def piece(self, token: int) -> str:
+        name = self._model.id_to_token(token)
+        if name is None or token in self._special or self.BYTE.fullmatch(name):
+            return str(name)
         return repr(name.replace(SPACE, " "))
