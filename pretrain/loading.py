@@ -60,7 +60,7 @@ def open_checkpoint(
     main = _main_device(device)
     candidates = _find(Path(path))
     for number, checkpoint in enumerate(candidates):
-        config = RunConfig.model_validate(checkpoint.record["meta"]["config"])
+        config = _config(checkpoint)
         model = placement.empty_decoder(config.model)
         try:
             if max_memory is None and offload_folder is None:
@@ -101,9 +101,19 @@ def _find(path: Path) -> list[on_disk.Entry]:
     return found
 
 
+def _config(checkpoint: on_disk.Entry) -> RunConfig:
+    """The run's configuration. An imported model has a model section only, and no run: the rest is filled in for form's sake."""
+    meta = checkpoint.record["meta"]
+    if set(meta["config"]) != {"model"}:
+        return RunConfig.model_validate(meta["config"])
+    run = checkpoint.path.parent.parent
+    data = {"path": run, "sequence_length": min(meta.get("context", 2048), 2048)}
+    return RunConfig.model_validate({**meta["config"], "run": run, "data": data, "train": {"steps": 1, "batch": 1}})
+
+
 def _tokenizer(run: Path, config: RunConfig) -> Path:
     """The run keeps its own copy of the tokenizer, so that a model can be used where the data is not."""
-    own = run / "tokenizer.model"
-    if own.exists():
-        return own
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (run / name).exists():
+            return run / name
     return config.data.tokenizer or config.data.path / "tokenizer.model"

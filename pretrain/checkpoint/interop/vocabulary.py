@@ -8,6 +8,7 @@ as a space, where our Tokenizer spells its bytes. Control pieces written out in 
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def translate(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises ValueError for a model whose rules cannot be translated.
     """
     try:
-        from sentencepiece import sentencepiece_model_pb2 as schema
+        schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError:
         raise ValueError("reading a .model file's rules needs the protobuf package: pip install protobuf") from None
     model = schema.ModelProto()
