@@ -37,6 +37,8 @@ class TrainConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
     """Seed of the initial weights; data.seed fixes the order of the data."""
+    initial: Path | None = None
+    """Start from these weights while this run has no checkpoint of its own: a run, a checkpoint, or an imported folder."""
     bad_steps: int = Field(10, ge=1)
     """Steps in a row with a gradient that is not finite, all of them skipped, after which the run ends with exit code 79."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +13,14 @@ import torch
 from parallel import engines
 from parallel.mesh import Mesh
 from parallel.processes import Processes
+from parallel.state import model_tensors
 from pretrain import config as configuration
 from pretrain.checkpoint.agreement import Agreement
+from pretrain.checkpoint.folder import META
+from pretrain.checkpoint.interop.plain import differences, plain
+from pretrain.checkpoint.interop.source import model_config, newest
 from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.checkpoint.storage import read
 from pretrain.config import ConfigError, RunConfig
 from pretrain.data.loader import Loader
 from pretrain.data.store import Corpus
@@ -57,19 +63,45 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
     )
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     model = build_model(config).to(job.device)
-    engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
-    run = Run(config, job, engine, model)
     checkpoints = Checkpoints(
         config.run / FOLDER,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every or 0,
         agreement=agreement,
     )
+    initial = config.train.initial
+    if initial is not None and checkpoints.newest() is None:
+        # Before the engine, which may copy or cut the weights.
+        lines = or_usage(lambda: start_from(initial, model, agreement))
+        if job.first:
+            print("\n".join(lines), flush=True)
+    engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
+    run = Run(config, job, engine, model)
     checkpoints.sweep()
     resumed = or_usage(lambda: restore(run, checkpoints, loader))
     if job.first:
         _write_config(config, corpus)
     return Assembled(run, mesh, loader, checkpoints, validation, resumed)
+
+
+def start_from(path: Path, model: Decoder, agreement: Agreement) -> list[str]:
+    """Fills the model, on every rank, with the weights of a run, a checkpoint or an imported folder. Collective.
+
+    Returns lines to print: where the weights come from, and in what the model they were trained in computes something else.
+    Raises ValueError naming the tensors that do not fit.
+    """
+    entry = agreement.decide(f"looking for train.initial = {path}", lambda: newest(path))
+    try:
+        read(entry.path, model_tensors(model), agreement, cast_dtype=True)
+    except ValueError as error:
+        faults = [line for line in str(error).splitlines() if line.startswith("  ")]
+        raise ValueError(
+            "\n".join([f"train.initial = {path} holds another model than this configuration:", *faults])
+            + f"\nTake the model section from {entry.path / META}, or leave train.initial out."
+        ) from None
+    ours, theirs = plain(model.config), plain(model_config(entry))
+    others = differences(ours, theirs, "it") if len(ours.layers) == len(theirs.layers) else []
+    return [f"initial weights: {entry.path}", *(f"  unlike there, {line}" for line in others)]
 
 
 def open_data(config: RunConfig) -> tuple[Corpus, Corpus]:

@@ -8,6 +8,7 @@ parts.py      what several formats share: attention, SwiGLU, experts, embedding 
 llama.py ...  one file a format
 shards.py     safetensors files and their index
 vocabulary.py our tokenizer as tokenizer.json
+source.py     which checkpoint is meant by a path
 export.py     a checkpoint -> a folder
 intake.py     a folder -> a run folder with one checkpoint
 
