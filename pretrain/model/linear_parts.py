@@ -23,7 +23,9 @@ from kernels.delta_rule import delta_rule_step
 from kernels.gated_linear_attention import gated_linear_attention_step
 from kernels.short_conv import short_convolution_step
 from kernels.state_space import selective_scan_step
+from pretrain.model.norm import norm_of_part
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import Mixer, linear_flops, require
 
 Cache = dict[str, Any] | None
@@ -216,6 +218,9 @@ class LinearMixer(Mixer):
 
     def _normalise(self, o: Tensor, x: Tensor) -> Tensor:
         groups = (-1, self.norm_size)
+        if self.norm_size > o.shape[-1]:  # all channels together, of which this module holds a part
+            assert self.gate is None
+            return norm_of_part(o, self.norm, self.norm_eps, self.norm_size, self.across)
         o = o.unflatten(-1, groups)
         if self.gate is None:
             return rms_norm(o, self.norm, self.norm_eps).flatten(-2)
@@ -229,6 +234,34 @@ class LinearMixer(Mixer):
 
     def output_projections(self) -> list[Tensor]:
         return [self.out.weight]
+
+    def head_sections(self) -> tuple[Section, Section]:
+        """How queries or keys, and how values are cut: by heads; a key head that serves several parts is held by each."""
+        heads, values = self.heads, self.value_heads
+        key = Section(heads * self.head_dim, heads, "heads", shared=heads < values)
+        return key, Section(values * self.value_dim, values, "value_heads" if heads < values else "heads")
+
+    def splits(self) -> dict[str, Split]:
+        key, value = self.head_sections()
+        splits = rows(self.qkv, "qkv", key, key, value) | columns("out", value)
+        if self.conv is not None:
+            splits["conv"] = Split(0, (key, key, value))
+        if self.norm_size != self.value_dim:
+            splits["norm"] = Split(0, (value,))
+        return splits if self.gate is None else splits | last_rows(self.gate, "gate", value)
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.heads, self.value_heads = max(1, self.heads // ranks), self.value_heads // ranks
+        key = self.heads * self.head_dim
+        self.sections = (key, key, self.value_heads * self.value_dim)
+
+
+def last_rows(projection: nn.Module, name: str, section: Section) -> dict[str, Split]:
+    """A linear or low-rank projection cut by its outputs; what leads to the few channels in the middle stays whole."""
+    if isinstance(projection, LowRank):
+        return rows(projection.up, f"{name}.up", section)
+    assert isinstance(projection, nn.Linear)
+    return rows(projection, name, section)
 
 
 class DeltaMixer(LinearMixer):
@@ -251,3 +284,10 @@ class DeltaMixer(LinearMixer):
     def recurrence(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceContext, cache: Cache) -> Tensor:
         beta = torch.sigmoid(wide(self.beta(x))) * self.beta_scale
         return recur(delta_rule, q, k, v, beta, self.log_decay(x), sequence=sequence, cache=cache, normalize_qk=True)
+
+    def splits(self) -> dict[str, Split]:
+        return super().splits() | rows(self.beta, "beta", self.per_value_head())
+
+    def per_value_head(self, channels: int = 1) -> Section:
+        """How something with as many channels for each value head is cut."""
+        return self.head_sections()[1]._replace(length=self.value_heads * channels)

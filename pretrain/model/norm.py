@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -23,3 +25,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = 1.0 + self.weight if self.zero_centered else self.weight
         return rms_norm(x, weight, self.eps).to(self.weight.dtype)
+
+
+def norm_of_part(x: Tensor, weight: Tensor, eps: float, width: int, across: Callable[[Tensor], Tensor]) -> Tensor:
+    """RMS norm over `width` channels of which x [..., C] and weight [C] are a part; across: sums [..., 1] over the parts."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        h = x.to(wide)
+        square = across(h.square().sum(-1, keepdim=True)) / width
+        return (h * torch.rsqrt(square + eps) * weight.to(wide)).to(x.dtype)

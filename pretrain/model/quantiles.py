@@ -31,7 +31,7 @@ class Quantiles(Balanced):
     def forward(self, odds: Tensor, allowed: Tensor | None = None) -> Tensor:
         """allowed: bool [B, T, n]; what is not allowed is not selected, and counts as the lowest log-odds."""
         odds = odds.clamp(-SPAN, SPAN)
-        if self.training:
+        if self.training and self.counting:
             self._count(odds if allowed is None else odds.masked_fill(~allowed, -SPAN))
         mask = odds >= self.threshold
         return mask if allowed is None else mask & allowed

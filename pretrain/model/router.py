@@ -25,6 +25,8 @@ class Balanced(nn.Module):
     """int64 [C], tokens per choice since the last balancing: bookkeeping of one step, empty at every checkpoint."""
     skips = 0
     """How many of the last entries of load are no experts, but count tokens that chose to skip."""
+    counting = True
+    """False: this is a copy of a router that sees the same tokens, and whose load is enough."""
     counts_experts = True
     """False: load is something else to add up over ranks, a histogram for instance, and its evenness means nothing."""
 

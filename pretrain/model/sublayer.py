@@ -6,9 +6,10 @@ The file is found by itself; nothing else needs to know it.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 from pydantic import Discriminator, Tag
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from parallel.config import Strict
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Split, check_fit
 
 
 class SublayerConfig(Strict):
@@ -48,6 +50,7 @@ class Sublayer(nn.Module):
     """
 
     owns_residual = False  # True: the module normalises its input and adds the residual itself (Hourglass)
+    reads_wide = False  # True: under autocast the first thing done to x is not a product in the low precision
 
     def place(self, index: int, count: int) -> None:
         """Called once, before the weights are drawn: this is number `index` of the `count` sublayers of its kind."""
@@ -63,6 +66,32 @@ class Sublayer(nn.Module):
     def output_projections(self) -> list[Tensor]:
         """Weights that write to the residual stream: their initial scale shrinks with depth."""
         raise NotImplementedError
+
+    def splits(self) -> dict[str, Split]:
+        """How the whole module's parameters are cut into parts whose outputs add up to its own; those not named stay whole."""
+        return {}
+
+    def part(self, rank: int, ranks: int) -> Self:
+        """A module of the same class with the parameters of part `rank` of `ranks`. Raises ValueError if it cannot be cut so."""
+        splits = self.splits()
+        check_fit(splits.values(), ranks)
+        pieces: dict[int, Any] = {}
+        for name, split in splits.items():
+            whole = self.get_parameter(name)
+            pieces[id(whole)] = nn.Parameter(split.take(whole.detach(), rank, ranks), whole.requires_grad)
+        part = copy.deepcopy(self, pieces)  # which takes the pieces for copies already made
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
+        part.shrink(rank, ranks)
+        return part
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        """Sets sizes and counts to those of part `rank` of `ranks`; its parameters are in place."""
+
+    def across(self, x: Tensor) -> Tensor:
+        """The sum of x over all parts, for what every part needs of all. Replaced from outside where there are parts."""
+        return x
 
 
 class Mixer(Sublayer):

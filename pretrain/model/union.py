@@ -80,6 +80,10 @@ class Selection(NamedTuple):
     indices: Tensor | None
     levels: tuple[Level, ...]
 
+    def of(self, experts: slice) -> Selection:
+        """For a module that holds some of the experts only."""
+        return Selection(self.mask[..., experts], self.factor[..., experts], None, self.levels)
+
     def imbalance(self) -> Tensor:
         """Switch loss n sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961), summed over levels: 1 each when even; fp32 scalar.
 
@@ -127,6 +131,12 @@ class Routing(nn.Module):
             mask, indices = first_come(mask, self.capacity, sequence, cache), None
         return Selection(mask, self._factor(mask, levels, x), indices, tuple(levels))
 
+    def silence(self) -> None:
+        """Its routers count no load: another part's, which see the same tokens, do."""
+        for module in self.modules():
+            if isinstance(module, Balanced):
+                module.counting = False
+
     def _factor(self, mask: Tensor, levels: list[Level], x: Tensor) -> Tensor:
         if not levels or self.gradient == "none":
             return torch.ones(mask.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -172,7 +182,7 @@ class UnionRouter(Balanced):
             log_gate = logits.log_softmax(-1) if self.gate == "softmax" else F.logsigmoid(logits)
             with torch.no_grad():
                 mask, indices = self.choose(log_gate.detach(), allowed)
-                if self.training:
+                if self.training and self.counting:
                     self.load += mask.flatten(0, 1).sum(0)
         return Level(mask, log_gate, indices)
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import FFN, FFNConfig, linear_flops
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "identity"]
@@ -42,6 +43,10 @@ class GLU(FFN):
 
     def output_projections(self) -> list[Tensor]:
         return [self.down.weight]
+
+    def splits(self) -> dict[str, Split]:
+        hidden = Section.even(self.down.in_features, "hidden")
+        return rows(self.gate_up, "gate_up", hidden, hidden) | columns("down", hidden)
 
 
 def gated(gate_up: Tensor, activation: Activation) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels.rational import rational
+from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import FFN, FFNConfig, linear_flops, require
 
 Start = Literal["identity", "silu", "gelu"]
@@ -53,7 +54,7 @@ class Rational(nn.Module):
 
     def __init__(self, groups: int, shared_numerator: bool, start: Start):
         super().__init__()
-        self.groups, self.start = groups, start
+        self.groups, self.shared_numerator, self.start = groups, shared_numerator, start
         above, below = _STARTS[start]
         self.numerator = nn.Parameter(torch.empty((1 if shared_numerator else groups) * len(above)))
         self.denominator = nn.Parameter(torch.empty(groups * len(below)))
@@ -78,6 +79,8 @@ class Rational(nn.Module):
 
 
 class KAT(FFN):
+    reads_wide = True
+
     def __init__(self, width: int, config: KATConfig):
         super().__init__()
         for name, channels in (("the model's width", width), ("hidden", config.hidden)):
@@ -104,3 +107,16 @@ class KAT(FFN):
 
     def output_projections(self) -> list[Tensor]:
         return [self.down.weight]
+
+    def splits(self) -> dict[str, Split]:
+        groups = self.second.groups
+        hidden = Section(self.down.in_features, groups, "groups")
+        coefficients = {
+            f"second.{name}": Split(0, (Section(parameter.numel(), groups, "groups"),))
+            for name, parameter in self.second.named_parameters()
+            if name == "denominator" or not self.second.shared_numerator
+        }
+        return rows(self.up, "up", hidden) | columns("down", hidden) | coefficients
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.second.groups //= ranks

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pretrain.model.split import Section, SharedBias, Split, columns, rows
 from pretrain.model.sublayer import FFN, FFNConfig, linear_flops
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
@@ -49,3 +50,10 @@ class MLP(FFN):
 
     def output_projections(self) -> list[Tensor]:
         return [self.down.weight]
+
+    def splits(self) -> dict[str, Split]:
+        hidden = Section.even(self.down.in_features, "hidden")
+        return rows(self.up, "up", hidden) | columns("down", hidden)
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.down = SharedBias(self.down, ranks)

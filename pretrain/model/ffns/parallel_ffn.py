@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from pretrain.model.ffns.glu import gated
 from pretrain.model.ffns.swiglu import SwiGLU
+from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import FFN, FFNConfig, linear_flops
 
 
@@ -66,6 +67,13 @@ class ParallelFFN(FFN):
 
     def output_projections(self) -> list[Tensor]:
         return [self.down.weight]
+
+    def splits(self) -> dict[str, Split]:
+        each = [Section.even(self.hidden, "hidden")] * self.parts
+        return rows(self.gate_up, "gate_up", *each, *each) | columns("down", *each)
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.hidden //= ranks
 
 
 @torch.no_grad()

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from kernels import attention, rms_norm
 from pretrain.model.linear_parts import convolve, draw_taps
+from pretrain.model.norm import norm_of_part
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, SharedBias, Split, columns, rows
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
 
@@ -78,6 +80,7 @@ class Attention(Mixer):
         self.rope_theta, self.window, self.scale = config.rope_theta, config.window, config.scale
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.sections = (q_width, kv_width, kv_width)
+        self.norm_widths, self.kv_copies = (q_width, kv_width), 1  # of all heads, also in a part of them
         self.qkv = nn.Linear(width, sum(self.sections), bias=config.qkv_bias)
         self.conv = nn.Parameter(torch.empty(sum(self.sections), config.conv_width)) if config.conv_width else None
         self.gate = nn.Linear(width, q_width, bias=config.qkv_bias) if config.output_gate else None
@@ -102,7 +105,7 @@ class Attention(Mixer):
         if self.conv is not None:
             mixed = convolve(mixed, self.conv, None, sequence, cache, activation=None)
         q, k, v = mixed.split(self.sections, dim=-1)
-        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
+        q, k, v = self._heads(q, self.q_norm, "q"), self._heads(k, self.k_norm, "k"), self._heads(v, None, "v")
         if self.rotary_dim:
             cos, sin = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
@@ -114,14 +117,21 @@ class Attention(Mixer):
             o = o * torch.sigmoid(gate.to(_wide(gate))).to(o.dtype)
         return self.out(o)
 
-    def _heads(self, x: Tensor, norm: Tensor | None) -> Tensor:
+    def _heads(self, x: Tensor, norm: Tensor | None, what: Literal["q", "k", "v"]) -> Tensor:
         """x [B, T, H * K] -> [B, T, H, K], normalised where there is a weight."""
         if norm is not None and self.zero_centered_norm:
             norm = 1.0 + norm.to(_wide(norm))  # in bf16 a small weight would vanish beside the 1
         if norm is not None and self.norm_over == "width":
-            x = rms_norm(x, norm, self.norm_eps)
+            x = self._norm_all(x, norm, what)
         x = x.unflatten(-1, (-1, self.head_dim))
         return rms_norm(x, norm, self.norm_eps) if norm is not None and self.norm_over == "head" else x
+
+    def _norm_all(self, x: Tensor, norm: Tensor, what: Literal["q", "k", "v"]) -> Tensor:
+        """x [B, T, H * K], all heads together, of which this module may hold a part."""
+        width, copies = (self.norm_widths[0], 1) if what == "q" else (self.norm_widths[1], self.kv_copies)
+        if x.shape[-1] == width:
+            return rms_norm(x, norm, self.norm_eps)
+        return norm_of_part(x, norm, self.norm_eps, width * copies, self.across)
 
     def flops_per_token(self, context: float) -> float:
         keys = context if self.window is None else min(context, self.window)
@@ -131,6 +141,31 @@ class Attention(Mixer):
 
     def output_projections(self) -> list[Tensor]:
         return [self.out.weight]
+
+    def splits(self) -> dict[str, Split]:
+        q, kv = head_sections(self.heads, self.kv_heads, self.head_dim)
+        splits = rows(self.qkv, "qkv", q, kv, kv) | columns("out", q)
+        if self.gate is not None:
+            splits |= rows(self.gate, "gate", q)
+        if self.conv is not None:
+            splits["conv"] = Split(0, (q, kv, kv))
+        if self.q_norm is not None and self.norm_over == "width":
+            splits |= {"q_norm": Split(0, (q,)), "k_norm": Split(0, (kv,))}
+        return splits
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.kv_copies = max(1, ranks // self.kv_heads)
+        self.heads, self.kv_heads = self.heads // ranks, max(1, self.kv_heads // ranks)
+        self.sections = (self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2)
+        self.out = SharedBias(self.out, ranks)
+
+
+def head_sections(heads: int, kv_heads: int, head_dim: int) -> tuple[Section, Section]:
+    """How queries and how keys or values are cut: by heads; a key head that serves several parts is held by each."""
+    return (
+        Section(heads * head_dim, heads, "heads"),
+        Section(kv_heads * head_dim, kv_heads, "kv_heads", shared=kv_heads < heads),
+    )
 
 
 def require_groups(heads: int, kv_heads: int) -> None:

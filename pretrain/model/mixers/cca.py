@@ -25,6 +25,7 @@ from kernels import attention, l2_norm, short_convolution
 from pretrain.model.mixers.attention import remember, require_groups
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
 
@@ -158,6 +159,21 @@ class CCA(Mixer):
 
     def output_projections(self) -> list[Tensor]:
         return [self.out.weight]
+
+    def splits(self) -> dict[str, Split]:
+        """By key/value heads with all their query heads, over whose mean keys are made; values are two halves end to end."""
+        q, kv = (Section(width, self.kv_heads, "kv_heads") for width in self.mixed)
+        of_channels = {name: Split(0, (q, kv)) for name in ("depthwise", "depthwise_bias", "grouped_bias")}
+        all_heads = (q._replace(length=self.heads), kv._replace(length=self.kv_heads))
+        of_heads = {"grouped": Split(0, all_heads), "temperature": Split(0, all_heads[1:])}
+        return rows(self.qkv, "qkv", q, kv, kv) | columns("out", q) | of_channels | of_heads
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        half, own = self.mixed[1] // 2, self.mixed[1] // ranks
+        undelayed = min(max(half - rank * own, 0), own)  # of its value channels, those in the first half of all
+        self.heads, self.kv_heads = self.heads // ranks, self.kv_heads // ranks
+        self.mixed = (self.mixed[0] // ranks, own)
+        self.sections = (sum(self.mixed), undelayed, own - undelayed)
 
 
 def query_key_mean(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

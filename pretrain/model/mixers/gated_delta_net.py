@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels.gated_linear_attention.members import gdn_gate
 from pretrain.model.linear_parts import DeltaMixer, draw_rates, draw_steps, grouped_heads
+from pretrain.model.split import Split, rows
 from pretrain.model.sublayer import MixerConfig
 
 
@@ -63,3 +64,10 @@ class GatedDeltaNet(DeltaMixer):
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         return gdn_gate(self.decay(x), self.A_log, self.dt_bias) if self.gate_decay else None
+
+    def splits(self) -> dict[str, Split]:
+        if not self.gate_decay:
+            return super().splits()
+        head = self.per_value_head()
+        vectors = {"A_log": Split(0, (head,)), "dt_bias": Split(0, (head,))}
+        return super().splits() | rows(self.decay, "decay", head) | vectors

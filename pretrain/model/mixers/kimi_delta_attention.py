@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels.gated_linear_attention.members import kda_gate, kda_safe_gate
-from pretrain.model.linear_parts import DeltaMixer, LowRank, draw_rates, draw_steps, grouped_heads
+from pretrain.model.linear_parts import DeltaMixer, LowRank, draw_rates, draw_steps, grouped_heads, last_rows
+from pretrain.model.split import Split
 from pretrain.model.sublayer import MixerConfig
 
 
@@ -75,3 +76,8 @@ class KimiDeltaAttention(DeltaMixer):
         if self.safe_gate:
             return kda_safe_gate(a, self.A_log, self.dt_bias, self.lower_bound)
         return kda_gate(a, self.A_log, self.dt_bias)
+
+    def splits(self) -> dict[str, Split]:
+        head, channels = self.per_value_head(), self.per_value_head(self.head_dim)
+        vectors = {"A_log": Split(0, (head,)), "dt_bias": Split(0, (channels,))}
+        return super().splits() | last_rows(self.decay, "decay", channels) | vectors

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kernels import selective_scan
 from pretrain.model.linear_parts import Cache, convolve, draw_steps, draw_taps, recur, wide
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, SharedBias, Split, columns, rows
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
 
@@ -74,7 +75,7 @@ class Mamba(Mixer):
     def forward(self, x: Tensor, sequence: SequenceContext, cache: Cache = None) -> Tensor:
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
         mixed = convolve(mixed, self.conv, self.conv_bias, sequence, cache)
-        dt, B, C = self.x_proj(mixed).split((self.dt_rank, self.state_dim, self.state_dim), dim=-1)
+        dt, B, C = self.across(self.x_proj(mixed)).split((self.dt_rank, self.state_dim, self.state_dim), dim=-1)
         step = F.softplus(wide(self.dt_proj(dt)) + wide(self.dt_bias))
         A = -wide(self.A_log).exp()
         y = recur(selective_scan, mixed, step, A, B, C, wide(self.D), sequence=sequence, cache=cache)
@@ -87,3 +88,14 @@ class Mamba(Mixer):
 
     def output_projections(self) -> list[Tensor]:
         return [self.out.weight]
+
+    def splits(self) -> dict[str, Split]:
+        inner = Section.even(self.inner, "expand * width")
+        by_channel = ("conv", "conv_bias", "dt_bias", "A_log", "D")
+        vectors = {name: Split(0, (inner,)) for name in by_channel if getattr(self, name) is not None}
+        projections = rows(self.in_proj, "in_proj", inner, inner) | rows(self.dt_proj, "dt_proj", inner)
+        return projections | columns("x_proj", inner) | columns("out", inner) | vectors
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.inner //= ranks
+        self.out = SharedBias(self.out, ranks)

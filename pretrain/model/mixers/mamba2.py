@@ -12,13 +12,16 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kernels import gated_linear_attention, gated_rms_norm
 from kernels.gated_linear_attention.members import mamba2_step_size, ssd
 from pretrain.model.linear_parts import Cache, convolve, draw_rates, draw_steps, draw_taps, recur, wide
+from pretrain.model.norm import norm_of_part
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, SharedBias, Split, columns, rows
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
 
@@ -71,6 +74,8 @@ class Mamba2(Mixer):
         )
         shared = self.groups * self.state_dim
         self.inner, self.sections = inner, (inner, shared, shared)
+        self.norm_width = inner // self.groups  # channels normalised together; a part may hold fewer
+        self.all_groups, self.first_group = self.groups, 0  # in a part: where its groups begin among all
         self.norm_first, self.norm_eps = config.norm_first, config.norm_eps
         self.dt_limits = config.dt_limits or (0.0, math.inf)
         self.in_proj = nn.Linear(width, inner + sum(self.sections) + self.heads, bias=config.bias)
@@ -101,6 +106,8 @@ class Mamba2(Mixer):
         return self.out(self._gated_norm(y.flatten(-2), gate))
 
     def _gated_norm(self, y: Tensor, gate: Tensor) -> Tensor:
+        if self.inner < self.norm_width:
+            return self._norm_of_part(y, gate)
         if self.groups == 1:
             return gated_rms_norm(y, gate, self.norm, self.norm_eps, norm_first=self.norm_first)
         # The operator knows one weight for every row, and here each group has its own: it multiplies afterwards.
@@ -111,6 +118,20 @@ class Mamba2(Mixer):
         )
         return (wide(y).flatten(-2) * self.norm).to(y.dtype)
 
+    def _norm_of_part(self, y: Tensor, gate: Tensor) -> Tensor:
+        """The gated norm where this module holds a part of one group's channels."""
+
+        def of_group(square: Tensor) -> Tensor:
+            # Every part adds to its own group's sum.
+            group = torch.arange(self.all_groups, device=square.device) == self.first_group
+            return self.across(square * group)[..., self.first_group, None]
+
+        h, act = wide(y), F.silu(wide(gate))
+        if not self.norm_first:
+            h = h * act
+        h = norm_of_part(h, self.norm, self.norm_eps, self.norm_width, of_group)
+        return (h * act if self.norm_first else h).to(y.dtype)
+
     def flops_per_token(self, context: float) -> float:
         # Per state entry: decay (1), write (2), read (2); per inner channel: dt x (1), D x (2).
         state = 5.0 * self.inner * self.state_dim + 3.0 * self.inner
@@ -118,3 +139,18 @@ class Mamba2(Mixer):
 
     def output_projections(self) -> list[Tensor]:
         return [self.out.weight]
+
+    def splits(self) -> dict[str, Split]:
+        head = Section(self.heads, self.heads, "heads (expand * width / head_dim)")
+        inner = head._replace(length=self.inner)
+        shared = Section(self.sections[1], self.groups, "groups", shared=self.groups < self.heads)
+        mixed = (inner, shared, shared)
+        splits = rows(self.in_proj, "in_proj", inner, *mixed, head) | columns("out", inner)
+        splits |= {"conv": Split(0, mixed)} | ({} if self.conv_bias is None else {"conv_bias": Split(0, mixed)})
+        return splits | {name: Split(0, (head,)) for name in ("A_log", "dt_bias", "D")} | {"norm": Split(0, (inner,))}
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.first_group = rank * self.groups // ranks
+        self.heads, self.inner, self.groups = self.heads // ranks, self.inner // ranks, max(1, self.groups // ranks)
+        self.sections = (self.inner, *[self.groups * self.state_dim] * 2)
+        self.out = SharedBias(self.out, ranks)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kernels import attention, rms_norm
 from pretrain.model.rotary import apply_rotary
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
 
@@ -129,3 +130,17 @@ class MLA(Mixer):
 
     def output_projections(self) -> list[Tensor]:
         return [self.out.weight]
+
+    def splits(self) -> dict[str, Split]:
+        """By heads; the latents, from which all heads read, stay whole."""
+
+        def of(width: int) -> Section:
+            return Section(width, self.heads, "heads")
+
+        query, kv = of(self.query.out_features), of(self.kv_up.out_features)
+        return (
+            rows(self.query, "query", query) | rows(self.kv_up, "kv_up", kv) | columns("out", of(self.out.in_features))
+        )
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        self.heads //= ranks

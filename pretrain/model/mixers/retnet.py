@@ -48,10 +48,16 @@ class RetNet(LinearMixer):
         super().__init__(width, sizes, config.conv_width, config.norm_eps)
         self.gate = nn.Linear(width, sizes.value_width, bias=False)
         self.rope_theta, self.center = config.rope_theta, config.center
+        self.first_head, self.all_heads = 0, sizes.heads  # in a part: where its heads begin among all
 
     def recurrence(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceContext, cache: Cache) -> Tensor:
         cos, sin = sequence.rotary(self.head_dim, self.rope_theta)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        g = retention_gate(self.heads, x.device).expand(*x.shape[:2], self.heads)
+        rates = retention_gate(self.all_heads, x.device)[self.first_head : self.first_head + self.heads]
+        g = rates.expand(*x.shape[:2], self.heads)
         o = recur(gated_linear_attention, q, k, v, g, sequence=sequence, cache=cache)
         return (wide(o) - wide(o).mean(dim=-1, keepdim=True)).to(o.dtype) if self.center else o
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        super().shrink(rank, ranks)
+        self.first_head = rank * self.heads

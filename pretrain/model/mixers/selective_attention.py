@@ -23,6 +23,7 @@ from kernels import attention, rms_norm
 from pretrain.model.mixers.attention import AttentionConfig, require_groups
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, Split
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 from pretrain.model.union import RoutingConfig
 from pretrain.model.union_rows import Rows, per_expert
@@ -62,6 +63,9 @@ class SelectiveAttentionConfig(RoutingConfig, MixerConfig):
 
 
 class SelectiveAttention(Mixer):
+    reads_wide = True
+    own: slice | None = None  # in a part: its experts among all
+
     def __init__(self, width: int, config: SelectiveAttentionConfig):
         super().__init__()
         kv_heads = config.kv_heads or config.heads
@@ -92,6 +96,7 @@ class SelectiveAttention(Mixer):
 
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
         selection = self.routing(x, sequence, cache)
+        selection = selection if self.own is None else selection.of(self.own)
         rows = Rows.of(selection.mask.flatten(0, 1))
         cos_sin = [part.flatten(0, 1)[rows.token][None] for part in self._rotary(sequence)]
         projected = per_expert(rows.of_tokens(_autocast(x.flatten(0, 1))), self.qkv, rows.counts)
@@ -149,6 +154,16 @@ class SelectiveAttention(Mixer):
 
     def output_projections(self) -> list[Tensor]:
         return [self.out]
+
+    def splits(self) -> dict[str, Split]:
+        experts = Split(0, (Section.even(self.qkv.shape[0], "experts"),))
+        return {"qkv": experts, "out": experts}
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        own = self.qkv.shape[0]
+        self.own = slice(rank * own, (rank + 1) * own)
+        if rank > 0:
+            self.routing.silence()
 
 
 class Segments(NamedTuple):
