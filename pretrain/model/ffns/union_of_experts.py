@@ -22,6 +22,7 @@ from pretrain.model.ffns.mlp import MLPConfig
 from pretrain.model.ffns.moe import Dispatcher
 from pretrain.model.ffns.swiglu import SwiGLUConfig
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, Split
 from pretrain.model.sublayer import Carry, ContextualFFN, FFNConfig, linear_flops, require
 from pretrain.model.union import RoutingConfig, Selection
 from pretrain.model.union_rows import Rows, per_expert
@@ -55,6 +56,9 @@ class UnionOfExpertsConfig(RoutingConfig, FFNConfig):
 
 
 class UnionOfExperts(ContextualFFN):
+    reads_wide = True
+    own: slice | None = None  # in a part: its experts among all
+
     def __init__(self, width: int, config: UnionOfExpertsConfig):
         super().__init__()
         n, hidden = config.experts, config.hidden
@@ -82,6 +86,7 @@ class UnionOfExperts(ContextualFFN):
         selection = self.routing(x, sequence, cache)
         if self.training and self.balance_loss and selection.levels:
             carry = carry.add(self.balance_loss * x.shape[0] * x.shape[1] * selection.imbalance())
+        selection = selection if self.own is None else selection.of(self.own)
         tokens = x.flatten(0, 1)
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
@@ -126,3 +131,15 @@ class UnionOfExperts(ContextualFFN):
 
     def output_projections(self) -> list[Tensor]:
         return [self.down]
+
+    def splits(self) -> dict[str, Split]:
+        experts = Split(0, (Section.even(self.up.shape[0], "experts"),))
+        biases = {} if self.up_bias is None else {"up_bias": experts, "down_bias": experts}
+        return {"up": experts, "down": experts} | biases
+
+    def shrink(self, rank: int, ranks: int) -> None:
+        own = self.up.shape[0]
+        self.own = slice(rank * own, (rank + 1) * own)
+        self.balance_loss /= ranks  # every part computes all of it
+        if rank > 0:
+            self.routing.silence()
