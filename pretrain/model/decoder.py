@@ -11,15 +11,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels import linear_cross_entropy
 from parallel.config import Strict
 from pretrain.model.block import Block, BlockConfig
 from pretrain.model.cache import DecoderCache
 from pretrain.model.multi_token import IGNORED, MultiToken, MultiTokenConfig, following
 from pretrain.model.norm import RMSNorm
 from pretrain.model.pattern import Layer, expand
+from pretrain.model.readout import Readout
 from pretrain.model.router import Balanced
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.split import Section, Split
 from pretrain.model.sublayer import Carry, FFNConfig, MixerConfig, Sublayer, by_kind, init_normal, linear_flops
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocabulary, bias=False)
         extra = config.extra_layer()
         self.multi_token = MultiToken(width, config.norm_eps, self._block(extra)) if extra else None
+        self.readout = Readout()
         self._place()
         self.reset_parameters()
 
@@ -148,7 +150,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += tokens.shape[1]
         if targets is None:
-            return self.logits(x[:, -1:] if last_only else x)
+            return self.logits(x, last_only)
         loss = self.loss(x, targets)
         if self.training and self.multi_token is not None:
             carry = self._predict_further(x, tokens, targets, sequence, carry)
@@ -162,15 +164,13 @@ class Decoder(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return (x + self.embedding_bias) * self.embedding_scale if self.config.block.residual_scaling else x
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The stream after the last layer [B, T, D] -> fp32 [B, T, vocabulary]."""
-        return nn.functional.linear(self._normed(x), self._head_weight()).float()
+    def logits(self, x: Tensor, last_only: bool = False) -> Tensor:
+        """The stream after the last layer [B, T, D] -> fp32 [B, T or 1, vocabulary]."""
+        return self.readout.logits(self._normed(x), self._head_weight(), last_only)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The stream after the last layer [B, T, D] and targets [B, T] -> summed cross entropy, fp32 scalar."""
-        return linear_cross_entropy(
-            self._normed(x).flatten(0, 1), self._head_weight(), targets.flatten(), reduction="sum"
-        )
+        return self.readout.loss(self._normed(x), self._head_weight(), targets)
 
     def _normed(self, x: Tensor) -> Tensor:
         x, device = self.norm(x), x.device.type
@@ -197,6 +197,12 @@ class Decoder(nn.Module):
         extra = [] if self.multi_token is None else [self.multi_token.block]
         for block in [*self.blocks, *extra]:
             yield from cast(Block, block).sublayers()
+
+    def splits(self) -> dict[str, Split]:
+        """How the decoder's own parameters are cut; its sublayers say it of theirs."""
+        tokens = Split(0, (Section.even(self.embedding.num_embeddings, "vocabulary"),))
+        head = {} if self.head is None else {"head.weight": tokens}
+        return {"embedding.weight": tokens} | head
 
     def routers(self) -> dict[str, Balanced]:
         """Every router that the trainer balances, by name."""
