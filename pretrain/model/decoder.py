@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from parallel.config import Strict
 from pretrain.model.block import Block, BlockConfig
 from pretrain.model.cache import DecoderCache
-from pretrain.model.multi_token import IGNORED, MultiToken, MultiTokenConfig, following
+from pretrain.model.multi_token import IGNORED, MultiToken, MultiTokenConfig
 from pretrain.model.norm import RMSNorm
 from pretrain.model.pattern import Layer, expand
 from pretrain.model.readout import Readout
@@ -83,6 +83,7 @@ class Decoder(nn.Module):
         if config.vocabulary is None:
             raise ValueError("model.vocabulary is not set; it comes from the tokenizer or the config")
         self.config = config
+        self.sequence_of = SequenceContext.of  # what layers are told of their sequences; replaced from outside
         width = config.width
         self.embedding = nn.Embedding(config.vocabulary, width)
         if config.block.residual_scaling:
@@ -143,7 +144,7 @@ class Decoder(nn.Module):
 
         In training, auxiliary losses (balancing, multi-token prediction) join the gradient but not the value that is returned.
         """
-        sequence = SequenceContext.of(tokens, cu_seqlens, cache.length if cache is not None else 0)
+        sequence = self.sequence_of(tokens, cu_seqlens, cache.length if cache is not None else 0)
         x, carry = self.embed(tokens), Carry()
         for index, block in enumerate(self.blocks):
             x, carry = block(x, sequence, cache.layers[index] if cache is not None else None, carry)
@@ -151,6 +152,10 @@ class Decoder(nn.Module):
             cache.length += tokens.shape[1]
         if targets is None:
             return self.logits(x, last_only)
+        return self.objective(x, carry, tokens, targets, sequence)
+
+    def objective(self, x: Tensor, carry: Carry, tokens: Tensor, targets: Tensor, sequence: SequenceContext) -> Tensor:
+        """What comes after the last layer in training: the loss, with the auxiliary losses in its gradient."""
         loss = self.loss(x, targets)
         if self.training and self.multi_token is not None:
             carry = self._predict_further(x, tokens, targets, sequence, carry)
@@ -184,23 +189,27 @@ class Decoder(nn.Module):
     ) -> Carry:
         assert self.multi_token is not None and self.config.multi_token is not None
         # The last place of a sequence has no following token: what stands there is never scored and no earlier place sees it.
-        following_tokens = following(tokens, sequence.cu_seqlens, 0)
-        following_targets = following(targets, sequence.cu_seqlens, IGNORED)
+        following_tokens = sequence.following(tokens, 0)
+        following_targets = sequence.following(targets, IGNORED)
         y, carry = self.multi_token(x, self.embedding(following_tokens), sequence, carry)
         return carry.add(self.config.multi_token.weight * self.loss(y, following_targets))
 
     def new_cache(self) -> DecoderCache:
         return DecoderCache.empty(len(self.blocks))
 
+    def layers(self) -> Iterator[Block]:
+        """The blocks that are here: all of them, unless this is one stage of a pipeline (see stage.py)."""
+        yield from (cast(Block, block) for block in self.blocks if block is not None)
+
     def sublayers(self) -> Iterator[Sublayer]:
         """Every mixer and FFN, in the order of the forward pass."""
         extra = [] if self.multi_token is None else [self.multi_token.block]
-        for block in [*self.blocks, *extra]:
-            yield from cast(Block, block).sublayers()
+        for block in [*self.layers(), *extra]:
+            yield from block.sublayers()
 
     def splits(self) -> dict[str, Split]:
         """How the decoder's own parameters are cut; its sublayers say it of theirs."""
-        tokens = Split(0, (Section.even(self.embedding.num_embeddings, "vocabulary"),))
+        tokens = Split(0, (Section.even(cast(int, self.config.vocabulary), "vocabulary"),))
         head = {} if self.head is None else {"head.weight": tokens}
         return {"embedding.weight": tokens} | head
 
@@ -210,10 +219,15 @@ class Decoder(nn.Module):
 
     def flops_per_token(self, context: float) -> float:
         """Forward FLOPs in training for one token that sees `context` keys on average; the head included, the look-up not."""
-        head = linear_flops(self.embedding.weight)
+        head = linear_flops(self._head_weight())
         if self.multi_token is not None:
             head += head + linear_flops(self.multi_token.join.weight)
         return head + sum(part.flops_per_token(context) for part in self.sublayers())
+
+    def costs(self, context: float) -> tuple[list[float], float, float]:
+        """(each layer, all before the first, all after the last): FLOPs as in flops_per_token, by which stages are cut."""
+        layers = [sum(part.flops_per_token(context) for part in block.sublayers()) for block in self.layers()]
+        return layers, 0.0, self.flops_per_token(context) - sum(layers)
 
     def active_parameters(self) -> int:
         """Parameters that one token uses, embedding and head included."""
