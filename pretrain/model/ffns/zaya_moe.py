@@ -60,7 +60,7 @@ class ZayaMoEConfig(FFNConfig):
 class ZayaMoE(RoutedFFN):
     def __init__(self, width: int, config: ZayaMoEConfig):
         super().__init__(width, config.experts, config.top_k, config.hidden)
-        self.skip = config.skip
+        self.skip, self.router_width = config.skip, config.router_width
         self.router = ZayaRouter(
             width, config.experts, config.top_k, config.router_width, config.norm_eps, config.controller()
         )
