@@ -7,13 +7,15 @@ sections, each cut by itself, and a part's parameter is what it gets of each, en
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+MOST = 64  # sizes above are not listed in messages
 
 
 class Piece(NamedTuple):
@@ -57,7 +59,7 @@ class Split:
 
     def pieces(self, rank: int, ranks: int) -> list[Piece]:
         """What part `rank` of `ranks` holds. Raises ValueError when a section cannot be cut so."""
-        check_fit([self], ranks, self.axis)
+        check_fit([self], ranks)
         found, local, start = [], 0, 0
         for section in self.sections:
             unit = section.length // section.count
@@ -72,6 +74,10 @@ class Split:
         """Part `rank` of a tensor of the parameter's whole shape, as a copy."""
         pieces = self.pieces(rank, ranks)
         return torch.cat([whole.narrow(self.dim, piece.start, piece.length) for piece in pieces], dim=self.dim)
+
+    def obstacle(self, ranks: int) -> str | None:
+        """The setting that does not allow `ranks` parts, as `heads=3`; None if all do."""
+        return next((f"{s.field}={s.count}" for s in self.sections if not s.fits(ranks)), None)
 
     def whole(self) -> int:
         """Entries of the whole parameter along the split dim."""
@@ -102,14 +108,10 @@ def columns(name: str, *sections: Section) -> dict[str, Split]:
     return {f"{name}.weight": Split(1, sections)}
 
 
-def check_fit(splits: Iterable[Split], ranks: int, axis: Literal["tp", "ep"] = "tp") -> None:
-    """Raises ValueError, naming the setting and the sizes of the axis that would do, unless all splits go over `ranks`."""
-    sections = [section for split in splits if split.axis == axis for section in split.sections]
-    for section in sections:
-        if not section.fits(ranks):
-            most = min(64, max(section.count for section in sections))
-            valid = [str(n) for n in range(1, most + 1) if all(section.fits(n) for section in sections)]
-            raise ValueError(
-                f"{section.field}={section.count} cannot be cut over mesh.{axis}={ranks}; "
-                f"valid sizes of mesh.{axis} here: {', '.join(valid)}"
-            )
+def check_fit(splits: Collection[Split], ranks: int) -> None:
+    """Raises ValueError, naming the setting and the numbers of parts that would do, unless all splits make `ranks` parts."""
+    for split in splits:
+        obstacle = split.obstacle(ranks)
+        if obstacle is not None:
+            valid = (str(n) for n in range(1, MOST + 1) if all(other.obstacle(n) is None for other in splits))
+            raise ValueError(f"{obstacle} cannot be cut into {ranks} parts; possible here: {', '.join(valid)}")

@@ -74,7 +74,7 @@ class Sublayer(nn.Module):
     def part(self, rank: int, ranks: int) -> Self:
         """A module of the same class with the parameters of part `rank` of `ranks`. Raises ValueError if it cannot be cut so."""
         splits = self.splits()
-        check_fit(splits.values(), ranks)
+        check_fit(list(splits.values()), ranks)
         pieces: dict[int, Any] = {}
         for name, split in splits.items():
             whole = self.get_parameter(name)
@@ -95,6 +95,8 @@ class Sublayer(nn.Module):
 
 
 class Mixer(Sublayer):
+    moves_along_sequence = True
+
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. With a cache, T tokens follow those that the cache has seen, and it is updated in place."""
         raise NotImplementedError
