@@ -1,42 +1,26 @@
-"""What linear-time mixers share: convolution and state that continue from a cache, low-rank projections, initial laws,
-and the frame of a mixer with a state [K, V] per head (`LinearMixer`, `DeltaMixer`).
+"""What linear-time mixers share: low-rank projections, initial laws, and the frame of a mixer with a state [K, V]
+per head (`LinearMixer`, `DeltaMixer`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kernels import (
     delta_rule,
-    gated_linear_attention,
     gated_rms_norm,
     rms_norm,
-    selective_scan,
-    short_convolution,
 )
-from kernels.delta_rule import delta_rule_step
-from kernels.gated_linear_attention import gated_linear_attention_step
-from kernels.short_conv import short_convolution_step
-from kernels.state_space import selective_scan_step
 from pretrain.model.norm import norm_of_part
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.sequence import Cache, SequenceContext
 from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import Mixer, linear_flops, require
 
-Cache = dict[str, Any] | None
 Activation = Literal["silu", "sigmoid"]
-
-# What each operator does for a single token that continues a state: generation would else pay for a chunk's set-up.
-STEPS: dict[Callable[..., Any], Callable[..., tuple[Tensor, Tensor]]] = {
-    delta_rule: delta_rule_step,
-    gated_linear_attention: gated_linear_attention_step,
-    selective_scan: selective_scan_step,
-}
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes at initialisation, log-uniform (Mamba, section 3.6)
 
@@ -44,59 +28,6 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes at initialisation, log
 def wide(x: Tensor) -> Tensor:
     """x in fp32 at least: what gates, decays and step sizes are computed in, whatever the autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sequence: SequenceContext,
-    cache: Cache,
-    activation: str | None = "silu",
-) -> Tensor:
-    """The short causal convolution of x [B, T, C] by weight [C, W], continued from cache["conv"] and remembered there."""
-    if cache is not None and "conv" in cache and x.shape[1] == 1:
-        token, cache["conv"] = short_convolution_step(x[:, 0], cache["conv"], weight, bias, activation)
-        return token[:, None]
-    y, tail = short_convolution(
-        x,
-        weight,
-        bias,
-        activation=activation,
-        initial_state=None if cache is None else cache.get("conv"),
-        output_final_state=cache is not None,
-        cu_seqlens=sequence.cu_seqlens,
-    )
-    if cache is not None:
-        cache["conv"] = tail
-    return y
-
-
-def recur(
-    operator: Callable[..., tuple[Tensor, Tensor | None]],
-    *inputs: Tensor | None,
-    sequence: SequenceContext,
-    cache: Cache,
-    **options: Any,
-) -> Tensor:
-    """A recurrent operator of `kernels`, continued from cache["memory"] and remembered there.
-
-    inputs: the operator's own, in order; those with three or more dims are [B, T, ...], the others parameters.
-    """
-    if cache is not None and "memory" in cache and inputs[0] is not None and inputs[0].shape[1] == 1:
-        token = [x if x is None or x.dim() < 3 else x[:, 0] for x in inputs]
-        o, cache["memory"] = STEPS[operator](*token, cache["memory"], **options)
-        return o[:, None]
-    o, state = operator(
-        *inputs,
-        initial_state=None if cache is None else cache.get("memory"),
-        output_final_state=cache is not None,
-        cu_seqlens=sequence.cu_seqlens,
-        **options,
-    )
-    if cache is not None:
-        cache["memory"] = state
-    return o
 
 
 class LowRank(nn.Module):
@@ -210,7 +141,7 @@ class LinearMixer(Mixer):
     def forward(self, x: Tensor, sequence: SequenceContext, cache: Cache = None) -> Tensor:
         mixed = self.qkv(x)
         if self.conv is not None:
-            mixed = convolve(mixed, self.conv, None, sequence, cache, self.conv_activation)
+            mixed = sequence.convolve(mixed, self.conv, None, self.conv_activation, cache)
         q, k, v = mixed.split(self.sections, dim=-1)
         q, k = (part.unflatten(-1, (self.heads, self.head_dim)) for part in (q, k))
         o = self.recurrence(x, q, k, v.unflatten(-1, (self.value_heads, self.value_dim)), sequence, cache)
@@ -283,7 +214,7 @@ class DeltaMixer(LinearMixer):
 
     def recurrence(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceContext, cache: Cache) -> Tensor:
         beta = torch.sigmoid(wide(self.beta(x))) * self.beta_scale
-        return recur(delta_rule, q, k, v, beta, self.log_decay(x), sequence=sequence, cache=cache, normalize_qk=True)
+        return sequence.recur(delta_rule, q, k, v, beta, self.log_decay(x), cache=cache, normalize_qk=True)
 
     def splits(self) -> dict[str, Split]:
         return super().splits() | rows(self.beta, "beta", self.per_value_head())

@@ -1,11 +1,34 @@
-"""What a sublayer needs to know about the rows it is given: where sequences begin, and each token's position."""
+"""What a sublayer needs to know about the rows it is given, and everything that moves along them.
+
+Sublayers call these methods for whatever crosses from one token to another. Here they are plain calls of the kernels, with
+a cache while generating. Where a row is cut over several ranks, `parallel/context` supplies an object with the same methods,
+and no sublayer knows of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels import attention, delta_rule, gated_linear_attention, selective_scan, short_convolution
+from kernels.delta_rule import delta_rule_step
+from kernels.gated_linear_attention import gated_linear_attention_step
+from kernels.short_conv import short_convolution_step
+from kernels.state_space import selective_scan_step
+
+Cache = dict[str, Any] | None
+Operator = Callable[..., tuple[Tensor, Tensor | None]]
+
+# What each operator does for a single token that continues a state: generation would else pay for a chunk's set-up.
+STEPS: dict[Callable[..., Any], Callable[..., tuple[Tensor, Tensor]]] = {
+    delta_rule: delta_rule_step,
+    gated_linear_attention: gated_linear_attention_step,
+    selective_scan: selective_scan_step,
+}
 
 
 @dataclass
@@ -43,3 +66,112 @@ class SequenceContext:
             angles = self.positions[..., None].float() * (1.0 / theta**exponent)
             self._rotary[key] = (angles.cos()[:, :, None], angles.sin()[:, :, None])
         return self._rotary[key]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        cache: Cache = None,
+    ) -> Tensor:
+        """Causal attention of q [B, T, H, K] over k [B, S, HKV, K] and v [B, S, HKV, V], and what the cache holds before them.
+
+        -> [B, T, H, V]. Queries are the last T of the keys' positions. window: keys that a query sees, itself included.
+        """
+        if cache is not None:
+            k, v = _remember(cache, k, v, window)
+        return attention(q, k, v, scale=scale, window=window, cu_seqlens=self.cu_seqlens)
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = "silu", cache: Cache = None
+    ) -> Tensor:
+        """The short causal convolution of x [B, T, C] by weight [C, W], continued from cache["conv"] and remembered there."""
+        if cache is not None and "conv" in cache and x.shape[1] == 1:
+            token, cache["conv"] = short_convolution_step(x[:, 0], cache["conv"], weight, bias, activation)
+            return token[:, None]
+        y, tail = short_convolution(
+            x,
+            weight,
+            bias,
+            activation=activation,
+            initial_state=None if cache is None else cache.get("conv"),
+            output_final_state=cache is not None,
+            cu_seqlens=self.cu_seqlens,
+        )
+        if cache is not None:
+            cache["conv"] = tail
+        return y
+
+    def recur(self, operator: Operator, *inputs: Tensor | None, cache: Cache = None, **options: Any) -> Tensor:
+        """A recurrent operator of `kernels`, continued from cache["memory"] and remembered there.
+
+        inputs: the operator's own, in order; those with three or more dims are [B, T, ...], the others parameters.
+        """
+        if cache is not None and "memory" in cache and inputs[0] is not None and inputs[0].shape[1] == 1:
+            token = [x if x is None or x.dim() < 3 else x[:, 0] for x in inputs]
+            o, cache["memory"] = STEPS[operator](*token, cache["memory"], **options)
+            return o[:, None]
+        o, state = operator(
+            *inputs,
+            initial_state=None if cache is None else cache.get("memory"),
+            output_final_state=cache is not None,
+            cu_seqlens=self.cu_seqlens,
+            **options,
+        )
+        if cache is not None:
+            cache["memory"] = state
+        return o
+
+    def history(
+        self, x: Tensor, reach: int, before: Tensor | None = None, cache: Cache = None, name: str = "history"
+    ) -> list[Tensor]:
+        """x [B, T, C] of `reach`, ..., 1 and 0 tokens ago, continued from cache[name] and remembered there.
+
+        before [C]: what stands where a sequence had not begun; zeros when left out.
+        """
+        T = x.shape[1]
+        before = x.new_zeros(x.shape[2]) if before is None else before.to(x.dtype)
+        past = cache[name] if cache is not None and name in cache else before.expand(x.shape[0], reach, -1)
+        stream = torch.cat((past, x), dim=1)
+        if cache is not None:
+            cache[name] = stream[:, T:].clone()  # a view would keep the whole prompt
+        ago = range(reach, -1, -1)
+        steps = [stream[:, reach - n : reach - n + T] for n in ago]
+        if self.cu_seqlens is None:
+            return steps
+        positions = self.positions[..., None]
+        return [torch.where(positions < n, before, step) if n else step for n, step in zip(ago, steps)]
+
+    def following(self, row: Tensor, fill: int) -> Tensor:
+        """row [B, T] shifted left by one within each sequence; the last place of each sequence gets `fill`."""
+        shifted = torch.cat((row[:, 1:], row.new_full((row.shape[0], 1), fill)), dim=1)
+        if self.cu_seqlens is not None:
+            last = (self.cu_seqlens[1:].long() - 1).clamp(min=0)
+            shifted = shifted.index_fill(1, last, fill)
+        return shifted
+
+    def owners(self) -> tuple[Tensor, int]:
+        """(the sequence of each token, int64 [B * T]; how many there are), rows one after the other."""
+        B, T = self.positions.shape
+        if self.cu_seqlens is None:
+            return torch.arange(B * T, device=self.positions.device) // T, B
+        lengths = self.cu_seqlens.diff().long()
+        numbers = torch.arange(lengths.numel(), device=lengths.device)
+        return numbers.repeat_interleave(lengths, output_size=T), lengths.numel()
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Counts over the tokens of this call, summed over whoever else holds tokens of the same rows: here nobody does."""
+        return counts
+
+
+def _remember(cache: dict[str, Any], k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Adds k and v [B, T, HKV, K] to the layer's cache; returns all keys and values that these T queries may see."""
+    if "k" in cache:
+        k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
+    # A window never looks back further than window - 1 keys from the next token.
+    keep = k.shape[1] if window is None else min(k.shape[1], window - 1)
+    cache["k"], cache["v"] = k[:, k.shape[1] - keep :], v[:, v.shape[1] - keep :]
+    return k, v

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kernels import attention, rms_norm
-from pretrain.model.linear_parts import convolve, draw_taps
+from kernels import rms_norm
+from pretrain.model.linear_parts import draw_taps
 from pretrain.model.norm import norm_of_part
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
@@ -103,15 +103,13 @@ class Attention(Mixer):
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
         mixed = self.qkv(x)
         if self.conv is not None:
-            mixed = convolve(mixed, self.conv, None, sequence, cache, activation=None)
+            mixed = sequence.convolve(mixed, self.conv, None, None, cache)
         q, k, v = mixed.split(self.sections, dim=-1)
         q, k, v = self._heads(q, self.q_norm, "q"), self._heads(k, self.k_norm, "k"), self._heads(v, None, "v")
         if self.rotary_dim:
             cos, sin = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if cache is not None:
-            k, v = remember(cache, k, v, self.window)
-        o = attention(q, k, v, scale=self.scale, window=self.window, cu_seqlens=sequence.cu_seqlens).flatten(-2)
+        o = sequence.attend(q, k, v, scale=self.scale, window=self.window, cache=cache).flatten(-2)
         if self.gate is not None:
             gate = self.gate(x)
             o = o * torch.sigmoid(gate.to(_wide(gate))).to(o.dtype)
@@ -172,16 +170,6 @@ def require_groups(heads: int, kv_heads: int) -> None:
     """Raises ValueError unless the query heads can share the key/value heads evenly."""
     divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
     require(heads % kv_heads == 0, f"kv_heads={kv_heads} does not divide heads={heads}; choose one of {divisors}")
-
-
-def remember(cache: dict[str, Any], k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Adds k and v [B, T, HKV, K] to the layer's cache; returns all keys and values that these T queries may see."""
-    if "k" in cache:
-        k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
-    # A window never looks back further than window - 1 keys from the next token.
-    keep = k.shape[1] if window is None else min(k.shape[1], window - 1)
-    cache["k"], cache["v"] = k[:, k.shape[1] - keep :], v[:, v.shape[1] - keep :]
-    return k, v
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -19,10 +19,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from kernels import attention, l2_norm, short_convolution
-from pretrain.model.mixers.attention import remember, require_groups
+from kernels import l2_norm
+from pretrain.model.mixers.attention import require_groups
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.split import Section, Split, columns, rows
@@ -96,38 +95,22 @@ class CCA(Mixer):
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
         z, v, v_delayed = self.qkv(x).split(self.sections, dim=-1)
         q, k = self.queries_and_keys(z, self.convolve(z, sequence, cache))
-        v = torch.cat((v, self._delay(v_delayed, sequence, cache)), dim=-1).unflatten(-1, (-1, self.head_dim))
+        v_delayed, _ = sequence.history(v_delayed, 1, None, cache, "v_delayed")
+        v = torch.cat((v, v_delayed), dim=-1).unflatten(-1, (-1, self.head_dim))
         if self.rotary_dim:
             cos, sin = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache is not None:
-            k, v = remember(cache, k, v, self.window)
         # Unit vectors and this scale are vectors of length sqrt(d) and 1 / sqrt(d).
         scale = math.sqrt(self.head_dim)
-        o = attention(q, k, v, scale=scale, window=self.window, cu_seqlens=sequence.cu_seqlens)
+        o = sequence.attend(q, k, v, scale=scale, window=self.window, cache=cache)
         return self.out(o.flatten(-2))
 
     def convolve(self, z: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
         """s [B, T, C] of the projections z [B, T, C]: both convolutions, from the start of each sequence."""
-        B, T, C = z.shape
-        first, second = self.taps
-        if sequence.cu_seqlens is None:
-            reach = first + second - 2
-            past = cache["z"] if cache is not None and "z" in cache else z.new_zeros(B, reach, C)
-            stream = torch.cat((past, z), dim=1)
-            if cache is not None:
-                cache["z"] = stream[:, stream.shape[1] - reach :].clone()  # a view would keep the whole prompt
-            u, _ = short_convolution(stream, self.depthwise, self.depthwise_bias)
-            seen = [u[:, first - 1 + tap : first - 1 + tap + T] for tap in range(second)]
-        else:
-            u, _ = short_convolution(z, self.depthwise, self.depthwise_bias, cu_seqlens=sequence.cu_seqlens)
-            before = self.depthwise_bias.to(u.dtype)  # what the first convolution makes of zeros
-            positions = sequence.positions[..., None]
-            seen = [
-                torch.where(positions < back, before, pad(u, (0, 0, back, 0))[:, :T]) if back else u
-                for back in reversed(range(second))
-            ]
+        u = sequence.convolve(z, self.depthwise, self.depthwise_bias, None, cache)
+        # Before a sequence stands what the first convolution makes of zeros.
+        seen = sequence.history(u, self.taps[1] - 1, self.depthwise_bias, cache, "convolved")
         # A product a head: a grouped convolution took up to 4 times as long on a CPU, in its own layout [B, C, T].
         window = torch.cat([u.unflatten(-1, (-1, self.head_dim)) for u in seen], dim=-1)
         return torch.einsum("bthi,hio->btho", window, self.grouped).flatten(-2) + self.grouped_bias.to(z.dtype)
@@ -141,16 +124,6 @@ class CCA(Mixer):
         q, k = l2_norm(q + q_mean, self.norm_eps), l2_norm(k + k_mean, self.norm_eps)
         factor = self.temperature.to(torch.promote_types(self.temperature.dtype, torch.float32))
         return q, k * (factor.exp() if self.exponential else factor)[:, None]
-
-    def _delay(self, v: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None) -> Tensor:
-        """v [B, T, C] of the previous token, zeros for the first of each sequence."""
-        past = cache["v_delayed"] if cache is not None and "v_delayed" in cache else torch.zeros_like(v[:, :1])
-        if cache is not None:
-            cache["v_delayed"] = v[:, -1:].clone()
-        delayed = torch.cat((past, v[:, :-1]), dim=1)
-        if sequence.cu_seqlens is None:
-            return delayed
-        return torch.where(sequence.positions[..., None] == 0, torch.zeros_like(delayed), delayed)
 
     def flops_per_token(self, context: float) -> float:
         keys = context if self.window is None else min(context, self.window)

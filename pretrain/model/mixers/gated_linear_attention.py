@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kernels import gated_linear_attention
 from kernels.gated_linear_attention.members import gla_gate
-from pretrain.model.linear_parts import Cache, LinearMixer, LowRank, last_rows, recur, split_width
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.linear_parts import LinearMixer, LowRank, last_rows, split_width
+from pretrain.model.sequence import Cache, SequenceContext
 from pretrain.model.split import Split
 from pretrain.model.sublayer import MixerConfig
 
@@ -60,7 +60,7 @@ class GatedLinearAttention(LinearMixer):
 
     def recurrence(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceContext, cache: Cache) -> Tensor:
         g = gla_gate(self.decay(x).unflatten(-1, (self.heads, self.head_dim)), self.gate_normalizer)
-        return recur(gated_linear_attention, q, k, v, g, sequence=sequence, cache=cache)
+        return sequence.recur(gated_linear_attention, q, k, v, g, cache=cache)
 
     def splits(self) -> dict[str, Split]:
         return super().splits() | last_rows(self.decay, "decay", self.head_sections()[0])

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kernels import gated_linear_attention
 from kernels.gated_linear_attention.members import hgrn2_gate_and_key
-from pretrain.model.linear_parts import Cache, LinearMixer, recur, split_width
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.linear_parts import LinearMixer, split_width
+from pretrain.model.sequence import Cache, SequenceContext
 from pretrain.model.sublayer import MixerConfig
 
 
@@ -62,4 +62,4 @@ class HGRN2(LinearMixer):
         # `k` holds the gate's logits. The bound is made on the device: a copy from the host would wait for it.
         bound = torch.full((), self.lower_bound, dtype=torch.float32, device=x.device)
         g, key = hgrn2_gate_and_key(k, bound)
-        return recur(gated_linear_attention, F.silu(q), key, v, g, sequence=sequence, cache=cache)
+        return sequence.recur(gated_linear_attention, F.silu(q), key, v, g, cache=cache)

@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels import gated_linear_attention
-from pretrain.model.linear_parts import Cache, LinearMixer, recur, split_width
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.linear_parts import LinearMixer, split_width
+from pretrain.model.sequence import Cache, SequenceContext
 from pretrain.model.sublayer import MixerConfig
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,4 +55,4 @@ class LinearAttention(LinearMixer):
 
     def recurrence(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceContext, cache: Cache) -> Tensor:
         phi = FEATURE_MAPS[self.feature_map]
-        return recur(gated_linear_attention, phi(q), phi(k), v, None, sequence=sequence, cache=cache)
+        return sequence.recur(gated_linear_attention, phi(q), phi(k), v, None, cache=cache)

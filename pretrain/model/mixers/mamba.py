@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import selective_scan
-from pretrain.model.linear_parts import Cache, convolve, draw_steps, draw_taps, recur, wide
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.linear_parts import draw_steps, draw_taps, wide
+from pretrain.model.sequence import Cache, SequenceContext
 from pretrain.model.split import Section, SharedBias, Split, columns, rows
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
@@ -74,11 +74,11 @@ class Mamba(Mixer):
 
     def forward(self, x: Tensor, sequence: SequenceContext, cache: Cache = None) -> Tensor:
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
-        mixed = convolve(mixed, self.conv, self.conv_bias, sequence, cache)
+        mixed = sequence.convolve(mixed, self.conv, self.conv_bias, cache=cache)
         dt, B, C = self.across(self.x_proj(mixed)).split((self.dt_rank, self.state_dim, self.state_dim), dim=-1)
         step = F.softplus(wide(self.dt_proj(dt)) + wide(self.dt_bias))
         A = -wide(self.A_log).exp()
-        y = recur(selective_scan, mixed, step, A, B, C, wide(self.D), sequence=sequence, cache=cache)
+        y = sequence.recur(selective_scan, mixed, step, A, B, C, wide(self.D), cache=cache)
         return self.out(y * F.silu(gate))
 
     def flops_per_token(self, context: float) -> float:

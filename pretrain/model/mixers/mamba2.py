@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from kernels import gated_linear_attention, gated_rms_norm
 from kernels.gated_linear_attention.members import mamba2_step_size, ssd
-from pretrain.model.linear_parts import Cache, convolve, draw_rates, draw_steps, draw_taps, recur, wide
+from pretrain.model.linear_parts import draw_rates, draw_steps, draw_taps, wide
 from pretrain.model.norm import norm_of_part
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.sequence import Cache, SequenceContext
 from pretrain.model.split import Section, SharedBias, Split, columns, rows
 from pretrain.model.sublayer import Mixer, MixerConfig, linear_flops, require
 
@@ -95,13 +95,13 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, sequence: SequenceContext, cache: Cache = None) -> Tensor:
         gate, mixed, dt = self.in_proj(x).split((self.inner, sum(self.sections), self.heads), dim=-1)
-        mixed = convolve(mixed, self.conv, self.conv_bias, sequence, cache)
+        mixed = sequence.convolve(mixed, self.conv, self.conv_bias, cache=cache)
         values, B, C = mixed.split(self.sections, dim=-1)
         values = values.unflatten(-1, (self.heads, self.head_dim))
         step = mamba2_step_size(dt, self.dt_bias, self.dt_limits)
         B, C = (part.unflatten(-1, (self.groups, self.state_dim)) for part in (B, C))
         q, k, v, g, scale = ssd(values, step, -wide(self.A_log).exp(), B, C)
-        y = recur(gated_linear_attention, q, k, v, g, sequence=sequence, cache=cache, scale=scale)
+        y = sequence.recur(gated_linear_attention, q, k, v, g, cache=cache, scale=scale)
         y = (wide(y) + wide(self.D)[:, None] * wide(values)).to(y.dtype)
         return self.out(self._gated_norm(y.flatten(-2), gate))
 

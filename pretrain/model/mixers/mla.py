@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kernels import attention, rms_norm
+from kernels import rms_norm
 from pretrain.model.rotary import apply_rotary
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.split import Section, Split, columns, rows
@@ -101,7 +101,7 @@ class MLA(Mixer):
         k, v = kv.split((self.head_dim, self.value_dim), dim=-1)
         k = torch.cat((k, p[:, :, None].expand(-1, -1, self.heads, -1)), dim=-1)
         q = torch.cat((q, shared), dim=-1)
-        return attention(q, k, v, scale=self.scale, cu_seqlens=sequence.cu_seqlens)
+        return sequence.attend(q, k, v, scale=self.scale)
 
     def _absorbed(self, q: Tensor, shared: Tensor, memory: Tensor, sequence: SequenceContext) -> Tensor:
         """The same with W_UK moved to the queries and W_UV to the outputs: heads attend to the latents themselves."""
@@ -110,7 +110,7 @@ class MLA(Mixer):
         q = torch.cat((torch.einsum("bthd,hdr->bthr", q, up_k), shared), dim=-1)
         kv = memory[:, :, None]
         # The shared part rides along in the values and is dropped: equal widths spare a padded copy of the cache.
-        o = attention(q, kv, kv, scale=self.scale, cu_seqlens=sequence.cu_seqlens)[..., : self.kv_rank]
+        o = sequence.attend(q, kv, kv, scale=self.scale)[..., : self.kv_rank]
         return torch.einsum("bthr,hdr->bthd", o, up_v)
 
     def _absorbing(self, T: int, S: int) -> bool:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from kernels import gated_linear_attention
 from kernels.gated_linear_attention.members import retention_gate
-from pretrain.model.linear_parts import Cache, LinearMixer, recur, split_width, wide
+from pretrain.model.linear_parts import LinearMixer, split_width, wide
 from pretrain.model.rotary import apply_rotary
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.sequence import Cache, SequenceContext
 from pretrain.model.sublayer import MixerConfig, require
 
 
@@ -55,7 +55,7 @@ class RetNet(LinearMixer):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         rates = retention_gate(self.all_heads, x.device)[self.first_head : self.first_head + self.heads]
         g = rates.expand(*x.shape[:2], self.heads)
-        o = recur(gated_linear_attention, q, k, v, g, sequence=sequence, cache=cache)
+        o = sequence.recur(gated_linear_attention, q, k, v, g, cache=cache)
         return (wide(o) - wide(o).mean(dim=-1, keepdim=True)).to(o.dtype) if self.center else o
 
     def shrink(self, rank: int, ranks: int) -> None:

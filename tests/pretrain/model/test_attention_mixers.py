@@ -404,9 +404,10 @@ def test_cca_cache_holds_two_columns_and_one_delayed_value() -> None:
     with torch.no_grad():
         call(mixer, draw(2, 7, WIDTH), cache=cache)
         assert {key: tuple(value.shape) for key, value in cache.items()} == {
-            "z": (2, 2, 36), "v_delayed": (2, 1, 6), "k": (2, 7, 2, 6), "v": (2, 7, 2, 6),
+            "conv": (2, 36, 1), "convolved": (2, 1, 36), "v_delayed": (2, 1, 6), "k": (2, 7, 2, 6), "v": (2, 7, 2, 6),
         }  # fmt: skip
-        assert cache["z"].untyped_storage().nbytes() == cache["z"].nbytes  # not a view of the whole prompt
+        for name in ("conv", "convolved", "v_delayed"):
+            assert cache[name].untyped_storage().nbytes() == cache[name].nbytes  # not a view of the whole prompt
 
 
 # Latent attention
