@@ -1,4 +1,4 @@
-"""Tiles of two-dimensional tensors, read through pointers or through tensor descriptors.
+"""Tiles of two-dimensional tensors, read through pointers or through tensor descriptors, and the order of programs.
 
 A descriptor leaves addresses, masks and the copy itself to the tensor memory accelerator of NVIDIA's Hopper and later: in
 a loop that holds several tiles this saves tens of registers per thread. Everywhere else plain pointers compile to better
@@ -13,7 +13,34 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.architecture import architecture
+from kernels.architecture import architecture, facts
+
+
+@triton.jit
+def die_order(program, programs, GROUP: tl.constexpr, DIES: tl.constexpr):
+    """A permutation of the `programs` of a grid, after which GROUP neighbours run on the same die.
+
+    A device of several dies (AMD's XCDs) deals programs to them in turn, and each die has a cache of its own: neighbours
+    that read the same tensors would fetch them once a die. Groups are dealt in turn instead, so that the dies stay equally
+    loaded; what is left after the last whole round is cut into one range a die. DIES 1 generates no code.
+    """
+    if DIES > 1 and GROUP > 1:
+        whole = programs // (DIES * GROUP) * (DIES * GROUP)
+        die = program % DIES
+        turn = program // DIES
+        left = programs - whole
+        later = whole + die * (left // DIES) + tl.minimum(die, left % DIES) + turn - whole // DIES
+        program = tl.where(program < whole, (turn // GROUP * DIES + die) * GROUP + turn % GROUP, later)
+    return program
+
+
+@triton.jit
+def die_order_rows(GROUP: tl.constexpr, DIES: tl.constexpr):
+    """(column, row) of this program of a two-dimensional grid, in die_order."""
+    columns = tl.num_programs(0)
+    program = tl.program_id(1) * columns + tl.program_id(0)
+    program = die_order(program, tl.num_programs(1) * columns, GROUP, DIES)
+    return program % columns, program // columns
 
 
 @triton.jit
@@ -43,6 +70,11 @@ def store_tile(target, row, column, within, tile, mask, STRIDE: tl.constexpr, DE
         target.store([tl.cast(row, tl.int32), tl.cast(column, tl.int32)], tile)
     else:
         tl.store(target + tl.cast(row, tl.int64) * STRIDE + column + within, tile, mask=mask)
+
+
+def dies(device: torch.device) -> int:
+    """Dies that programs are dealt to in turn: the kernels' DIES."""
+    return facts(architecture(device)).dies
 
 
 def descriptors_pay(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.common.tiles import dies
 from kernels.delta_rule.triton_channel import channel_gate_kernel, channel_tiles_kernel
 from kernels.delta_rule.triton_launch import launch, precision
 from kernels.delta_rule.triton_prepare import prepare_kernel
@@ -42,6 +43,7 @@ def prepare(s: Shape, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, norm
     cumulative = torch.empty_like(rates) if s.gate == 1 else None
     q_in, k_in = (q.new_empty(s.tile(s.H, C, s.BK)) for _ in range(2))
     q_factor, k_factor = _factors(s, q, normalize)
+    use = launch("delta_rule_prepare", q, **s.keys)
     prepare_kernel[(s.HV, s.chunks.count)](
         q,
         k,
@@ -64,11 +66,13 @@ def prepare(s: Shape, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, norm
         K=s.K,
         BT=C,
         BK=s.BK,
+        BC=min(use.pop("BC"), s.BK),
         GATED=s.gate == 1,
         NORMALIZE=normalize,
         PACKED=s.chunks.packed,
+        DIES=dies(q.device),
         PRECISION=precision(q, "inverse"),
-        **launch("delta_rule_prepare", q, **s.keys),
+        **use,
     )
     return Prepared(q_in, k_in, k_in, rates, cumulative, None, inverse, attention, q_in, k_in, q_factor, k_factor)
 
@@ -117,6 +121,7 @@ def channel_gate(
         BK=s.BK,
         NORMALIZE=normalize,
         PACKED=s.chunks.packed,
+        DIES=dies(q.device),
         **launch("delta_rule_channel_gate", q, **s.keys),
     )
     return Prepared(q_in, k_in, k_out, rates, cumulative, ends, *tiles, q_unit, k_unit, q_factor, k_factor)
@@ -145,6 +150,7 @@ def prepare_channel(s: Shape, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, nor
         BC=min(use.pop("BC"), s.BK),
         LEVELS=C.bit_length() - 1,
         PACKED=s.chunks.packed,
+        DIES=dies(q.device),
         PRECISION=precision(q, "inverse"),
         **use,
     )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import die_order_rows
 from kernels.common.triangular import unit_lower_inverse
 from kernels.delta_rule.triton_prepare import LOG2E, LOWEST, unit_rows
 
@@ -46,9 +47,9 @@ def channel_gate_kernel(
     BK: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
+    DIES: tl.constexpr,
 ):
-    hv = tl.program_id(0)
-    slot = tl.program_id(1)
+    hv, slot = die_order_rows(HV // H, DIES)
     sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
     if sequence < 0:
         return
@@ -126,10 +127,10 @@ def channel_tiles_kernel(
     BC: tl.constexpr,  # channels at a time
     LEVELS: tl.constexpr,  # log2(BT)
     PACKED: tl.constexpr,
+    DIES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    hv = tl.program_id(0)
-    slot = tl.program_id(1)
+    hv, slot = die_order_rows(HV // H, DIES)
     sequence, chunk, _, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
     if sequence < 0:
         return

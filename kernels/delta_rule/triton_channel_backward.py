@@ -7,7 +7,7 @@ With D_ijk = exp(G_ik - G_jk), dA = scale tril(dO V_new^T) and M = -stril(X V_ne
     dK = exp(G_end - G) V_new dS^T + Σ_i (dA_ij q_i + beta_i M_ij k_i) D_ij + beta Y
     dG = Q dQ - K dK + 2 beta K Y, and for the last row Σ K exp(G_end - G) V_new dS^T + exp(G_end) Σ_V S dS
 
-dA and M are made once (channel_squares_kernel), the rest for a block of channels at a time (channel_gradients_kernel).
+dA and M come from triton_squares.py, without their decays; the kernel here serves a block of channels at a time.
 """
 
 from __future__ import annotations
@@ -16,70 +16,8 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
-from kernels.common.tiles import load_tile_masked
+from kernels.common.tiles import die_order_rows, load_tile_masked
 from kernels.delta_rule.triton_channel import level_decay, level_pairs
-
-
-@triton.jit(do_not_specialize=["T"])
-def channel_squares_kernel(
-    v,  # [total, HV, V]
-    do,  # [total, HV, V]
-    rates,  # [slots, HV, BT] fp32
-    v_new,  # [slots, HV, V, BT]
-    d_error,  # [slots, HV, V, BT]
-    d_scores,  # [slots, HV, BT, BT] out: dA
-    d_lower,  # [slots, HV, BT, BT] out: M
-    dv,  # [total, HV, V] out
-    dbeta,  # [total, HV] fp32 out: <X, V>, the first part of the gradient
-    cu_seqlens,
-    indices,
-    scale,
-    T,
-    HV: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    PACKED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    hv = tl.program_id(0)
-    slot = tl.program_id(1)
-    sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
-    if sequence < 0:
-        return
-    first = begin + chunk * BT
-    by_head = tl.cast(slot, tl.int64) * HV + hv
-    row = tl.arange(0, BT)
-    live = row < length - chunk * BT
-    within = tl.arange(0, BV)
-    at_v = row[:, None] * (HV * V) + within[None, :]
-    at_new = within[:, None] * BT + row[None, :]
-    b_beta = tl.load(rates + by_head * BT + row)
-
-    b_scores = tl.zeros([BT, BT], dtype=tl.float32)
-    b_lower = tl.zeros([BT, BT], dtype=tl.float32)
-    b_dbeta = tl.zeros([BT], dtype=tl.float32)
-    for start in range(0, V, BV):
-        inside = within < V - start
-        mask_v = live[:, None] & inside[None, :]
-        b_do = load_tile_masked(do, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
-        b_v = load_tile_masked(v, first, hv * V + start, at_v, mask_v, HV * V, DESCRIPTOR)
-        b_new = load_tile_masked(v_new, by_head * V + start, 0, at_new, inside[:, None], BT, DESCRIPTOR)
-        b_x = load_tile_masked(d_error, by_head * V + start, 0, at_new, inside[:, None], BT, DESCRIPTOR)
-        b_scores = tl.dot(b_do, b_new, acc=b_scores, input_precision=PRECISION)
-        b_lower = tl.dot(tl.trans(b_x), b_new, acc=b_lower, input_precision=PRECISION)
-        wide_x = tl.trans(b_x).to(tl.float32)
-        b_dbeta += tl.sum(wide_x * b_v.to(tl.float32), axis=1)
-        to = dv + first * (HV * V) + hv * V + start + at_v
-        tl.store(to, (wide_x * b_beta[:, None]).to(dv.dtype.element_ty), mask=mask_v)
-    at_t = by_head * BT * BT + row[:, None] * BT + row[None, :]
-    # Rows beyond the sequence may have been read from the next one.
-    b_scores = tl.where((row[:, None] >= row[None, :]) & live[:, None], b_scores * scale, 0.0)
-    b_lower = tl.where(row[:, None] > row[None, :], -b_lower, 0.0)
-    tl.store(d_scores + at_t, b_scores.to(d_scores.dtype.element_ty))
-    tl.store(d_lower + at_t, b_lower.to(d_lower.dtype.element_ty))
-    tl.store(dbeta + first * HV + hv + row * HV, b_dbeta, mask=live)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -115,12 +53,13 @@ def channel_gradients_kernel(
     LEVELS: tl.constexpr,  # log2(BT)
     PACKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    DIES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Programs of one chunk and head are neighbours: they read the same tiles.
-    hv = tl.program_id(0) // (BK // BC)
-    i_c = tl.program_id(0) % (BK // BC)
-    slot = tl.program_id(1)
+    column, slot = die_order_rows(BK // BC * (HV // H), DIES)
+    hv = column // (BK // BC)
+    i_c = column % (BK // BC)
     sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
     if sequence < 0:
         return

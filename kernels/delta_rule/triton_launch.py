@@ -1,4 +1,4 @@
-"""Launch parameters of the delta rule's kernels: starting values per architecture, and what a tuner may try.
+"""Launch parameters of the delta rule's kernels: the fallback, and what a tuner may try.
 
 The chunk length is one for all kernels of a call, because they share tiles and states.
 """
@@ -11,94 +11,20 @@ import triton
 from kernels.architecture import architecture, dot_precision, vendor
 from kernels.tuning import Use, parameters
 
-_AMD = {"matrix_instr_nonkdim": 16, "num_stages": 1}
-
-_SMALL = {"BV": 16, "num_warps": 4, "num_stages": 1}
-
-# Offline figures behind the choices: `python -m kernels.check`. "generic" also serves sm80 and sm100.
+# The fallback for devices without a table, and for the interpreter. Tables: kernels/tuning/<architecture>.json.
 DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
-    "delta_rule_prepare": {
-        "generic": {"num_warps": 4, "num_stages": 1},
-        "gfx942": {**_AMD},
-        "gfx950": {**_AMD},
-    },
-    "delta_rule_scan_forward": {
-        "generic": {"BV": 32, "num_warps": 8, "num_stages": 2},
-        "sm90": {"BV": 64, "num_warps": 4, "num_stages": 3},
-        "gfx942": {**_AMD, "num_warps": 4},
-        "gfx950": {**_AMD, "num_warps": 4},
-    },
-    "delta_rule_scan_backward": {
-        "generic": {"BV": 32, "num_warps": 8, "num_stages": 2},
-        "sm90": {"BV": 64, "num_warps": 4, "num_stages": 3},
-        "gfx942": {**_AMD, "num_warps": 4},
-        "gfx950": {**_AMD, "num_warps": 4},
-    },
+    "delta_rule_prepare": {"generic": {"BC": 32, "num_warps": 4, "num_stages": 1}},
+    "delta_rule_scan_forward": {"generic": {"BV": 32, "num_warps": 8, "num_stages": 2}},
+    "delta_rule_scan_backward": {"generic": {"BV": 32, "num_warps": 8, "num_stages": 2}},
     # Not a launch: when a sequence is cut in segments. CHUNKS fixes a segment's length; 0 derives it: where the scan has
     # fewer than 1 / IDLE programs per unit, there are segments for about FILL programs a unit, of LEAST chunks or more.
-    "delta_rule_segments": {
-        "generic": {"CHUNKS": 0, "IDLE": 3, "FILL": 1, "LEAST": 8},
-    },
-    "delta_rule_join": {
-        "generic": {"BV": 16, "num_warps": 8, "num_stages": 2},
-        "gfx942": {**_AMD, "BV": 32, "num_warps": 4},
-        "gfx950": {**_AMD, "BV": 32, "num_warps": 4},
-    },
-    "delta_rule_gradients": {
-        "generic": {"BV": 16, "num_warps": 8, "num_stages": 2},
-        "sm90": {"BV": 32, "num_warps": 8, "num_stages": 2},
-        "gfx942": {**_AMD, "BV": 32},
-        "gfx950": {**_AMD, "BV": 32},
-    },
-    "delta_rule_channel_gate": {
-        "generic": {"num_warps": 8, "num_stages": 1},
-    },
-    "delta_rule_channel_tiles": {
-        "generic": {"BC": 32, "num_warps": 4, "num_stages": 1},
-        "sm90": {"BC": 64, "num_warps": 8, "num_stages": 1},
-        "sm100": {"BC": 64, "num_warps": 8, "num_stages": 1},
-        "gfx942": {**_AMD, "BC": 32, "num_warps": 4},
-        "gfx950": {**_AMD, "BC": 32, "num_warps": 4},
-    },
-    "delta_rule_channel_squares": {
-        "generic": {"BV": 64, "num_warps": 4, "num_stages": 1},
-        "gfx942": {**_AMD},
-        "gfx950": {**_AMD},
-    },
-    "delta_rule_channel_gradients": {
-        "generic": {"BC": 16, "BV": 64, "num_warps": 8, "num_stages": 1},
-        "sm90": {"BC": 32},
-        "sm100": {"BC": 32},
-        "gfx942": {**_AMD, "BC": 32, "num_warps": 4},
-        "gfx950": {**_AMD, "BC": 32, "num_warps": 4},
-    },
-}
-
-
-# Operands of fp32: products in three passes of tf32 on NVIDIA, which take registers in proportion.
-for _kernel in ("scan_forward", "scan_backward", "gradients"):
-    DEFAULTS[f"delta_rule_{_kernel}_fp32"] = {
-        "generic": _SMALL,
-        "gfx942": DEFAULTS[f"delta_rule_{_kernel}"]["gfx942"],
-        "gfx950": DEFAULTS[f"delta_rule_{_kernel}"]["gfx950"],
-    }
-    # Where descriptors would serve, but V is no multiple of BV.
-    DEFAULTS[f"delta_rule_{_kernel}_pointers"] = {"generic": DEFAULTS[f"delta_rule_{_kernel}"]["generic"]}
-    # K above 128.
-    DEFAULTS[f"delta_rule_{_kernel}_wide"] = {
-        **DEFAULTS[f"delta_rule_{_kernel}"],
-        "sm90": {"BV": 32, "num_warps": 8, "num_stages": 1 if _kernel == "gradients" else 2},
-    }
-for _case in ("fp32", "wide"):
-    DEFAULTS[f"delta_rule_channel_tiles_{_case}"] = {
-        **DEFAULTS["delta_rule_channel_tiles"],
-        "sm90": {"BC": 32, "num_warps": 4},
-        "sm100": {"BC": 32, "num_warps": 4},
-    }
-DEFAULTS["delta_rule_channel_gradients_wide"] = {
-    **DEFAULTS["delta_rule_channel_gradients"],
-    "sm90": {"BC": 16},
-    "sm100": {"BC": 16},
+    "delta_rule_segments": {"generic": {"CHUNKS": 0, "IDLE": 3, "FILL": 1, "LEAST": 8}},
+    "delta_rule_join": {"generic": {"BV": 16, "num_warps": 8, "num_stages": 2}},
+    "delta_rule_squares": {"generic": {"BV": 32, "num_warps": 4, "num_stages": 2}},
+    "delta_rule_gradients": {"generic": {"BV": 16, "BR": 16, "num_warps": 8, "num_stages": 2}},
+    "delta_rule_channel_gate": {"generic": {"num_warps": 8, "num_stages": 1}},
+    "delta_rule_channel_tiles": {"generic": {"BC": 32, "num_warps": 4, "num_stages": 1}},
+    "delta_rule_channel_gradients": {"generic": {"BC": 16, "BV": 64, "num_warps": 8, "num_stages": 1}},
 }
 
 
@@ -108,7 +34,7 @@ def _options(*rows: tuple[int, int, int], name: str = "BV", **fixed: int) -> lis
 
 # What `kernels.bench --tune` may try, without those that spill on every architecture.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "delta_rule_prepare": [{"num_warps": warps, "num_stages": 1} for warps in (2, 4, 8)],
+    "delta_rule_prepare": _options((32, 4, 1), (64, 4, 1), (128, 4, 1), (32, 8, 1), name="BC"),
     "delta_rule_scan_forward": _options(
         (64, 4, 3),
         (64, 4, 2),
@@ -128,10 +54,14 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         {"IDLE": idle, "FILL": fill, "LEAST": 8} for idle in (1, 2, 3, 4, 1000) for fill in (1, 2, 4)
     ],
     "delta_rule_join": _options((16, 4, 1), (16, 8, 2), (32, 8, 2), (32, 4, 1)),
-    "delta_rule_gradients": _options((64, 8, 2), (64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 8, 1), (16, 8, 1)),
+    "delta_rule_gradients": [
+        {**option, "BR": rows}
+        for option in _options((64, 8, 1), (32, 8, 3), (32, 8, 2), (32, 8, 1), (16, 8, 2))
+        for rows in (16, 32, 64)
+    ],
     "delta_rule_channel_gate": [{"num_warps": warps, "num_stages": 1} for warps in (4, 8)],
     "delta_rule_channel_tiles": _options((64, 8, 1), (32, 8, 1), (32, 4, 1), name="BC"),
-    "delta_rule_channel_squares": _options((64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 8, 1)),
+    "delta_rule_squares": _options((64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 8, 1)),
     "delta_rule_channel_gradients": _options((32, 8, 1), (32, 4, 1), (64, 8, 1), name="BC", BV=64)
     + _options((32, 8, 1), (32, 4, 1), name="BC", BV=32),
 }
@@ -149,28 +79,23 @@ def chunk_size(T: int, K: int, x: torch.Tensor, gate: int) -> int:
 
 
 def launch(kernel: str, x: torch.Tensor, **keys: int | str) -> Use:
-    if x.dtype == torch.float32 and f"{kernel}_fp32" in DEFAULTS:
-        kernel = f"{kernel}_fp32"
-    elif isinstance(keys.get("K"), int) and int(keys["K"]) > 128 and f"{kernel}_wide" in DEFAULTS:
-        kernel = f"{kernel}_wide"
-    return dict(parameters(kernel, architecture(x.device), defaults=DEFAULTS, **keys))
+    """Rows of the tables may ask about `keys` and about `bytes`, the size of an operand's element."""
+    return parameters(kernel, architecture(x.device), defaults=DEFAULTS, bytes=x.element_size(), **keys)
 
 
 def v_tile(kernel: str, x: torch.Tensor, *, V: int, descriptors: bool, **keys: int) -> tuple[Use, int, bool]:
     """(launch parameters, values a program holds at a time, whether it reads tiles through descriptors).
 
-    Descriptors cannot mask a part of a head, so they serve only where V is a multiple of the tile.
+    Descriptors cannot mask a part of a head, so they serve only where V is a multiple of the tile; rows may ask about
+    `pointers`, 1 where tiles are read without them.
     """
-    use = launch(kernel, x, V=V, **keys)
-    if descriptors and V % use["BV"] and f"{kernel}_pointers" in DEFAULTS and x.dtype != torch.float32:
-        use = launch(f"{kernel}_pointers", x, V=V, **keys)
+    use = launch(kernel, x, V=V, pointers=int(not descriptors), **keys)
+    if descriptors and V % use["BV"]:
+        use = launch(kernel, x, V=V, pointers=1, **keys)
     # At least two steps over V: of a single one the compiler makes straight code that holds everything at once.
     halve = kernel == "delta_rule_gradients" or V <= 32
     most = triton.next_power_of_2(max(V // 2 if halve else V, 16))
     block = min(use.pop("BV"), most)
-    if keys.get("gate") == 2 and "num_stages" in use:
-        # One more tile of keys a step: three steps' worth would not fit in shared memory.
-        use["num_stages"] = min(use["num_stages"], 2)
     return use, block, descriptors and V % block == 0
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import die_order_rows
 from kernels.common.triangular import unit_lower_inverse
 
 # exp(g) is exp2(g log2(e)): the hardware has exp2 only, so cumulative gates are kept in units of log2.
@@ -57,13 +58,14 @@ def prepare_kernel(
     K: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
+    BC: tl.constexpr,  # channels at a time
     GATED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
+    DIES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    hv = tl.program_id(0)
-    slot = tl.program_id(1)
+    hv, slot = die_order_rows(HV // H, DIES)
     sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)
     if sequence < 0:
         return
@@ -76,7 +78,9 @@ def prepare_kernel(
     row = tl.arange(0, BT)
     live = row < left
     column = tl.arange(0, BK)
-    at_k = (first * H + h) * K + row[:, None] * (H * K) + column[None, :]
+    k += (first * H + h) * K
+    q += (first * H + h) * K
+    at_k = row[:, None] * (H * K) + column[None, :]
     mask_k = live[:, None] & (column < K)[None, :]
     b_k = tl.load(k + at_k, mask=mask_k, other=0.0)
     b_q = tl.load(q + at_k, mask=mask_k, other=0.0)
@@ -98,8 +102,21 @@ def prepare_kernel(
 
     lower = row[:, None] > row[None, :]
     upper = row[:, None] < row[None, :]
-    products = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    # The rows are read again, some channels at a time: all at once they would be held in registers beside the products.
+    products = tl.zeros([BT, BT], dtype=tl.float32)
+    scores = tl.zeros([BT, BT], dtype=tl.float32)
+    for start in range(0, BK, BC):
+        some = start + tl.arange(0, BC)
+        at_some = row[:, None] * (H * K) + some[None, :]
+        mask_some = live[:, None] & (some < K)[None, :]
+        some_k = tl.load(k + at_some, mask=mask_some, other=0.0)
+        some_q = tl.load(q + at_some, mask=mask_some, other=0.0)
+        if NORMALIZE:
+            some_k = (some_k.to(tl.float32) * k_scale[:, None]).to(some_k.dtype)
+            some_q = (some_q.to(tl.float32) * q_scale[:, None]).to(some_q.dtype)
+        products = tl.dot(some_k, tl.trans(some_k), acc=products, input_precision=PRECISION)
+        scores = tl.dot(some_q, tl.trans(some_k), acc=scores, input_precision=PRECISION)
+    scores *= scale
     if GATED:
         b_g = tl.load(g + first * HV + hv + row * HV, mask=live, other=0.0).to(tl.float32)
         b_g = tl.cumsum(tl.maximum(b_g * LOG2E, LOWEST), axis=0)

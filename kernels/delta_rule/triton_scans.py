@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.common.tiles import descriptor
+from kernels.common.tiles import descriptor, dies
 from kernels.delta_rule.triton_call import Prepared
 from kernels.delta_rule.triton_launch import precision, v_tile
 from kernels.delta_rule.triton_shape import Shape, spans
@@ -87,6 +87,7 @@ def scan_forward(
         WHOLE=whole,
         PACKED=to.begins is not None,
         DESCRIPTOR=through,
+        DIES=dies(v.device),
         PRECISION=precision(v, "state"),
         **use,
     )
@@ -146,6 +147,7 @@ def scan_backward(
         FINAL=d_final is not None,
         PACKED=to.begins is not None,
         DESCRIPTOR=through,
+        DIES=dies(do.device),
         PRECISION=precision(do, "state"),
         **use,
     )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_sequence
-from kernels.common.tiles import load_tile, load_tile_masked, store_tile
+from kernels.common.tiles import die_order, load_tile, load_tile_masked, store_tile
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -60,6 +60,7 @@ def scan_forward_kernel(
     WHOLE: tl.constexpr,  # o is a descriptor too: every chunk is full
     PACKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    DIES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The state is affine in the one a sequence starts with: S_end = transition S_start + S_end(from zero).
@@ -70,7 +71,7 @@ def scan_forward_kernel(
     NV: tl.constexpr = (V + BV - 1) // BV
     BLOCKS: tl.constexpr = NV + (K + BV - 1) // BV if SUMMARY else NV
     HK: tl.constexpr = HV if GATE == 2 else H
-    program = tl.program_id(0)
+    program = die_order(tl.program_id(0), tl.num_programs(0), BLOCKS * (HV // HK), DIES)
     i_v = program % BLOCKS
     hv = (program // BLOCKS) % HV
     n = program // (BLOCKS * HV)
@@ -187,6 +188,7 @@ def scan_backward_kernel(
     FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    DIES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """From the last chunk to the first, per chunk:
@@ -196,7 +198,7 @@ def scan_backward_kernel(
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     HK: tl.constexpr = HV if GATE == 2 else H
-    program = tl.program_id(0)
+    program = die_order(tl.program_id(0), tl.num_programs(0), NV * (HV // HK), DIES)
     i_v = program % NV
     hv = (program // NV) % HV
     n = program // (NV * HV)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import die_order
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -88,15 +89,16 @@ def state_products(
 def backward_kernel(
     q, k, v, do, G, W, states, dstates, dq, dk, dg, cu_seqlens, indices, scale, T, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
+    DIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scalar gate (GATE 1) or none (GATE 0). q, k [tokens, H, K]; v, do [tokens, HV, V]; W [tokens, HV, BT].
 
     states, dstates [slots, HV, K, V]; dq, dk [tokens, HV, K]; dg [K tiles, tokens, HV]: the part of each K tile.
     Grid: slots x HV x K tiles, K tiles fastest.
     """
-    pid = tl.program_id(0)
     blocks_k: tl.constexpr = (K + BK - 1) // BK
+    pid = die_order(tl.program_id(0), tl.num_programs(0), blocks_k * (HV // H), DIES)
     block = pid % blocks_k
     ks = block * BK + tl.arange(0, BK)
     hv = pid // blocks_k % HV

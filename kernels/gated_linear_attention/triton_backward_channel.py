@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import die_order
 from kernels.gated_linear_attention.triton_backward import state_products
 from kernels.gated_linear_attention.triton_gates import level_factors, level_pairs
 
@@ -14,15 +15,16 @@ from kernels.gated_linear_attention.triton_gates import level_factors, level_pai
 def channel_backward_kernel(
     q, k, v, do, G, W, states, dstates, dq, dk, dg, cu_seqlens, indices, scale, T,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, DIES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dg [tokens, HV, K]. G [tokens, HV, K] fp32; W [tokens, HV, BT] without decays; K tiles are independent.
 
     q, k [tokens, H, K]; v, do [tokens, HV, V]; states, dstates [slots, HV, K, V]. Grid: slots x HV x K tiles, K tiles
     fastest.
     """
-    pid = tl.program_id(0)
     blocks_k: tl.constexpr = (K + BK - 1) // BK
+    pid = die_order(tl.program_id(0), tl.num_programs(0), blocks_k * (HV // H), DIES)
     ks = pid % blocks_k * BK + tl.arange(0, BK)
     hv = pid // blocks_k % HV
     slot = pid // (blocks_k * HV)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import die_order
 
 # Natural log per step below which a decay is nothing in fp32 (exp(-100) < 2^-126). Clamping keeps g = -inf out of the
 # differences of cumulative gates, where -inf - -inf would be NaN.
@@ -67,13 +68,13 @@ def level_pairs(row, level):
 def prepare_kernel(
     q, k, G, qg, kg, decay, A, cu_seqlens, indices, scale, T,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
-    SCORES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr, PACKED: tl.constexpr, DIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Channel gate. qg = scale q e^G, kg = k e^(G_C - G) [tokens, HV, K]; decay = e^(G_C) [slots, HV, K], fp32.
 
     SCORES: also A_ij = scale sum_k q_ik k_jk exp(G_ik - G_jk) for i >= j, else 0 [tokens, HV, BT]. Grid: slots x HV.
     """
-    pid = tl.program_id(0)
+    pid = die_order(tl.program_id(0), tl.num_programs(0), HV // H, DIES)
     slot = pid // HV
     hv = pid % HV
     sequence, chunk, begin, length = locate_chunk(slot, cu_seqlens, indices, T, BT, PACKED)

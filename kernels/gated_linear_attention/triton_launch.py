@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.architecture import architecture, dot_precision, facts
 from kernels.common.chunks import Chunks
+from kernels.common.tiles import dies
 from kernels.gated_linear_attention.triton_backward import backward_kernel, score_gradient_kernel
 from kernels.gated_linear_attention.triton_backward_channel import channel_backward_kernel
 from kernels.gated_linear_attention.triton_gates import cumulative_gate_kernel, prepare_kernel
@@ -40,6 +41,7 @@ class Launcher:
         self.B, self.T, self.H, self.K = q.shape
         self.HV, self.V = v.shape[2:]
         self.arch = architecture(q.device)
+        self.dies = dies(q.device)
         self.fast = dot_precision(self.arch, "fast")
         # Half precision states save half of the traffic; fp16 has too little range for them.
         self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
@@ -97,7 +99,8 @@ class Launcher:
         if qg.numel():
             prepare_kernel[(self.chunks.count * self.HV,)](
                 self.q, self.k, G, qg, kg, decay, A, scale=self.scale, H=self.H, HV=self.HV, K=self.K,
-                BT=self.chunks.size, LEVELS=self.chunks.size.bit_length() - 1, SCORES=scores, PRECISION=self.fast,
+                BT=self.chunks.size, LEVELS=self.chunks.size.bit_length() - 1, SCORES=scores, DIES=self.dies,
+                PRECISION=self.fast,
                 **self.batch, **self.use("gla_prepare" if scores else "gla_decay"),
             )  # fmt: skip
         return Prepared(qg, kg, decay, A)
@@ -118,7 +121,7 @@ class Launcher:
                 a, b, gates, start, states, last, decays, chunks.cu_seqlens, chunks.offsets, self.scale, chunks.tokens,
                 segments, HA=a.shape[2], HV=self.HV, K=self.K, V=self.V, BT=chunks.size, GATE=self.gate,
                 REVERSE=reverse, HAS_START=start is not None, HAS_LAST=last is not None, SUMMARY=decays is not None,
-                PACKED=chunks.packed, PRECISION=dot_precision(self.arch, "state"), **use,
+                PACKED=chunks.packed, DIES=self.dies, PRECISION=dot_precision(self.arch, "state"), **use,
             )  # fmt: skip
 
         if segments == 1:
@@ -169,7 +172,8 @@ class Launcher:
         if out.numel():
             output_kernel[(self.chunks.count * self.HV * triton.cdiv(self.V, use["BV"]),)](
                 a, other, b, G, A, states, out, scale=self.scale, HA=a.shape[2], HV=self.HV, K=self.K, V=self.V,
-                BT=self.chunks.size, GATE=self.gate, REVERSE=reverse, PRECISION=self.fast, **self.batch, **use,
+                BT=self.chunks.size, GATE=self.gate, REVERSE=reverse, DIES=self.dies, PRECISION=self.fast,
+                **self.batch, **use,
             )  # fmt: skip
         return out
 
@@ -211,14 +215,29 @@ class Launcher:
             dg = torch.empty_like(G)
             if dq.numel():
                 channel_backward_kernel[(slots * blocks,)](
-                    *operands, dg, H=self.H, K=self.K, LEVELS=self.chunks.size.bit_length() - 1, **common, **use
+                    *operands,
+                    dg,
+                    H=self.H,
+                    K=self.K,
+                    LEVELS=self.chunks.size.bit_length() - 1,
+                    DIES=self.dies,
+                    **common,
+                    **use,
                 )
         else:
             dv = self._output(self.k, self.q, do, G, None, dstates, reverse=True)
             parts = None if G is None else self.empty(blocks, *G.shape, dtype=torch.float32)
             if dq.numel():
                 backward_kernel[(slots * blocks,)](
-                    *operands, parts, H=self.H, K=self.K, tokens=self.B * self.T, GATE=self.gate, **common, **use
+                    *operands,
+                    parts,
+                    H=self.H,
+                    K=self.K,
+                    tokens=self.B * self.T,
+                    GATE=self.gate,
+                    DIES=self.dies,
+                    **common,
+                    **use,
                 )
             dg = None if parts is None else parts[0] if blocks == 1 else parts.sum(0)
         if self.HV != self.H:

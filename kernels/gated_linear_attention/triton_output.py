@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_chunk
+from kernels.common.tiles import die_order
 
 
 @triton.jit
@@ -38,15 +39,15 @@ def output_kernel(
     a, other, b, G, A, states, out, cu_seqlens, indices, scale, T,
     HA: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a [tokens, HA, K]: q (reverse: k), for a channel gate the prepared qg (kg); other: k (q), unused for a channel gate.
 
     b [tokens, HV, V]: v (do); G [tokens, HV] for a scalar gate; A [tokens, HV, BT] for a channel gate; states
     [slots, HV, K, V]; out [tokens, HV, V]. Grid: slots x HV x V tiles, V tiles fastest.
     """
-    pid = tl.program_id(0)
     blocks_v: tl.constexpr = (V + BV - 1) // BV
+    pid = die_order(tl.program_id(0), tl.num_programs(0), blocks_v * (HV // HA), DIES)
     vs = pid % blocks_v * BV + tl.arange(0, BV)
     hv = pid // blocks_v % HV
     slot = pid // (blocks_v * HV)

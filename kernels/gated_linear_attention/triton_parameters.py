@@ -1,37 +1,23 @@
-"""Launch parameters of the gated linear attention kernels: starting values per architecture, and what a tuner may try.
+"""Launch parameters of the gated linear attention kernels: the fallback, and what a tuner may try.
 
 BK, BV: tile of the key and value dims (never wider than the head). SEGMENTS: parts into which the scan cuts a sequence,
-0 to choose by the size of the device. Every entry compiles without a spill for its
-architecture.
+0 to choose by the size of the device.
 """
 
 from __future__ import annotations
 
-_AMD = {"matrix_instr_nonkdim": 16, "num_stages": 1}
-_GENERIC = {
-    "gla_cumulative_gate": {"BS": 64, "num_warps": 4, "num_stages": 1},
-    "gla_prepare": {"BK": 32, "num_warps": 8, "num_stages": 1},
-    "gla_decay": {"BK": 32, "num_warps": 4, "num_stages": 1},
-    "gla_scan": {"BK": 64, "BV": 64, "SEGMENTS": 0, "num_warps": 4, "num_stages": 2},
-    "gla_fold": {"BLOCK": 512, "num_warps": 4, "num_stages": 1},
-    "gla_output": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-    "gla_score_gradient": {"BV": 64, "num_warps": 4, "num_stages": 1},
-    "gla_backward": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
-    "gla_channel_backward": {"BK": 32, "BV": 64, "num_warps": 8, "num_stages": 1},
-}
-_MATRIX = ("gla_prepare", "gla_scan", "gla_output", "gla_score_gradient", "gla_backward", "gla_channel_backward")
-
+# The fallback for devices without a table, and for the interpreter. Tables: kernels/tuning/<architecture>.json.
 DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
-    name: {"generic": use, **({"gfx942": _AMD, "gfx950": _AMD} if name in _MATRIX else {})}
-    for name, use in _GENERIC.items()
+    "gla_cumulative_gate": {"generic": {"BS": 64, "num_warps": 4, "num_stages": 1}},
+    "gla_prepare": {"generic": {"BK": 32, "num_warps": 8, "num_stages": 1}},
+    "gla_decay": {"generic": {"BK": 32, "num_warps": 4, "num_stages": 1}},
+    "gla_scan": {"generic": {"BK": 64, "BV": 64, "SEGMENTS": 0, "num_warps": 4, "num_stages": 2}},
+    "gla_fold": {"generic": {"BLOCK": 512, "num_warps": 4, "num_stages": 1}},
+    "gla_output": {"generic": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2}},
+    "gla_score_gradient": {"generic": {"BV": 64, "num_warps": 4, "num_stages": 1}},
+    "gla_backward": {"generic": {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1}},
+    "gla_channel_backward": {"generic": {"BK": 32, "BV": 64, "num_warps": 8, "num_stages": 1}},
 }
-# Without wgmma both operands of a product pass through registers.
-DEFAULTS["gla_output"]["sm80"] = {"num_warps": 8}
-DEFAULTS["gla_backward"]["sm80"] = {"num_warps": 8}
-DEFAULTS["gla_score_gradient"]["sm80"] = {"BV": 32, "num_warps": 8}
-# Blackwell's compiler gives one of four warps of a wide scan too few registers.
-DEFAULTS["gla_scan"]["sm100"] = {"num_warps": 8}
-DEFAULTS["gla_backward"]["sm100"] = {"num_warps": 8}
 
 
 def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:

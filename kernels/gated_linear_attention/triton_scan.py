@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.common.chunks import locate_sequence
+from kernels.common.tiles import die_order
 
 
 @triton.jit(do_not_specialize=["T", "scale", "segments"])
@@ -24,7 +25,7 @@ def scan_kernel(
     HA: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LAST: tl.constexpr, SUMMARY: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a [tokens, HA, K]: k or q; for a channel gate (GATE 2) the prepared kg or qg. b [tokens, HV, V]: v or do.
 
@@ -32,9 +33,9 @@ def scan_kernel(
     [N, HV, segments, K, V]; states [slots, HV, K, V]. SUMMARY: states are not stored, but the segment's total decay is,
     in decays [N, HV, segments, K]. Grid: sequences x HV x segments x K tiles x V tiles, V tiles fastest.
     """
-    pid = tl.program_id(0)
     blocks_v: tl.constexpr = (V + BV - 1) // BV
     blocks_k: tl.constexpr = (K + BK - 1) // BK
+    pid = die_order(tl.program_id(0), tl.num_programs(0), blocks_v * blocks_k, DIES)
     vs = pid % blocks_v * BV + tl.arange(0, BV)
     ks = pid // blocks_v % blocks_k * BK + tl.arange(0, BK)
     part = pid // (blocks_v * blocks_k)

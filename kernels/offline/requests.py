@@ -1,8 +1,8 @@
 """The representative calls of every operator that has a Triton form.
 
 What decides the code that is compiled: gate kind, head dimensions, dtype, packed or dense, and whether sizes are
-multiples of 16 (Triton specialises on that). Lengths and head counts do not, so they are small here; nothing runs
-anyway.
+multiples of 16 (Triton specialises on that). Lengths and head counts matter only where they decide which kernels run, so
+they are small here; nothing runs anyway.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BF16, FP32 = torch.bfloat16, torch.float32
+LONG = 2048  # tokens that are cut into segments where there are few heads
 SHORT = {BF16: "bf16", FP32: "fp32"}
 
 
@@ -106,7 +107,7 @@ def _gated_linear_attention(
 
 def _label(gate: str, K: int, V: int, dtype: torch.dtype, packed: bool, T: int, groups: int) -> str:
     words = [f"g={gate}", f"K{K}", f"V{V}", SHORT[dtype]]
-    words += ["packed"] * packed + [f"T{T}"] * (T % 16 != 0) + [f"HV=H*{groups}"] * (groups > 1)
+    words += ["packed"] * packed + [f"T{T}"] * (T != 256) + [f"HV=H*{groups}"] * (groups > 1)
     return " ".join(words)
 
 
@@ -165,6 +166,12 @@ def cases(op: str) -> list[Case]:
             _delta_rule("head", 128, 256, BF16),
             _delta_rule("head", 128, 128, BF16, HV=32),
             _delta_rule("head", 64, 64, BF16, T=250, H=3, HV=3),
+            _delta_rule("head", 128, 80, BF16),  # values that no descriptor can cut
+            # One head and many tokens: scans over segments, which are joined.
+            *(_delta_rule(gate, 128, 128, BF16, T=LONG, H=1, HV=1) for gate in gates),
+            _delta_rule("head", 128, 128, BF16, T=LONG, H=1, HV=1, packed=True),
+            _delta_rule("head", 64, 64, BF16, T=LONG, H=1, HV=1),
+            _delta_rule("head", 64, 64, FP32, T=LONG, H=1, HV=1),
         ]
     if op == "gated_linear_attention":
         gates = ("none", "head", "channel")
@@ -175,6 +182,9 @@ def cases(op: str) -> list[Case]:
             _gated_linear_attention("channel", 128, 128, FP32),
             _gated_linear_attention("head", 128, 64, BF16, H=1),  # Mamba-2: one key head for all value heads
             _gated_linear_attention("channel", 64, 64, BF16, T=250, H=3, HV=3),
+            *(_gated_linear_attention(gate, 128, 128, BF16, T=LONG, H=1, HV=1) for gate in gates),
+            _gated_linear_attention("head", 128, 128, BF16, T=LONG, H=1, HV=1, packed=True),
+            _gated_linear_attention("head", 64, 64, FP32, T=LONG, H=1, HV=1),
         ]
     if op == "short_conv":
         return [

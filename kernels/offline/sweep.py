@@ -1,11 +1,12 @@
-"""One operator on one architecture: every representative request, then every row of the tuning table that none of
-them used."""
+"""One operator on one architecture: every representative request, then what the tuning table chooses for the same request
+at other lengths and numbers of heads."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kernels.offline.figures import Figures
 from kernels.offline.requests import Case, cases
 from kernels.offline.trace import Launch, trace_call
 from kernels.offline.verdict import Problem, problems
+from kernels.tuning import Entry, Row
 
 
 @dataclass
@@ -142,28 +144,50 @@ def judge(launch: Launch, arch: Architecture, op: str, case: str) -> Result:
 
 
 def _rows(arch: Architecture, lookups: list[tuple[Case, str, dict[str, Any]]], seen: set[str]) -> list[Result]:
-    """Rows of the tuning table that no request selected, for instance because they are for long sequences.
+    """What the tuning table would choose for these requests at other lengths or numbers of heads.
 
-    Each is forced upon a request whose equalities fit it. A row that fits none is a fault: nobody knows what it
-    compiles to.
+    A row that serves no request at any length is a fault: nobody knows what it compiles to.
     """
     results: list[Result] = []
     asked = {kernel for _, kernel, _ in lookups}
     for kernel, entry in tuning.read(arch.name).items():
         if kernel not in asked:
             continue
-        used = [entry.best(keys) for _, name, keys in lookups if name == kernel]
-        for number, row in enumerate(entry.rows):
-            if any(row is other for other in used):
+        reached: list[Row | None] = []
+        done: set[tuple[str, int]] = set()
+        for case, name, keys in lookups:
+            if name != kernel:
                 continue
-            fitting = next((c for c, name, keys in lookups if name == kernel and row.applies(keys, bounds=False)), None)
-            if fitting is None:
+            usual = entry.best(keys)
+            reached.append(usual)
+            for row in _choices(entry, keys):
+                if row is usual or (case.name, id(row)) in done:
+                    continue
+                done.add((case.name, id(row)))
+                reached.append(row)
+                label = "default" if row is None else f"row {entry.rows.index(row)}"
+                use = {**entry.default, **({} if row is None else row.use)}
+                with tuning.override({kernel: use}):
+                    results += _compile(dataclasses.replace(case, name=f"{case.name}, {label}"), arch, seen)
+        for number, row in enumerate(entry.rows):
+            if not any(row is other for other in reached):
                 text = f"row {number} of {kernel} in {arch.name}.json fits no representative request: {dict(row.when)}"
                 results.append(Result(arch.name, "", "", kernel, problems=[("row", text)]))
-                continue
-            with tuning.override({kernel: row.use}):
-                results += _compile(dataclasses.replace(fitting, name=f"{fitting.name}, row {number}"), arch, seen)
     return results
+
+
+VARYING = ("T", "heads")  # keys of which the requests show one value only, and models any
+
+
+def _choices(entry: Entry, keys: Mapping[str, Any]) -> list[Row | None]:
+    """The rows (None: the default) that are chosen for these keys when those in VARYING take any value."""
+    values = []
+    for name in VARYING:
+        bounds = {int(value) for row in entry.rows for key, value in row.when.items() if key.rpartition("_")[0] == name}
+        bounds |= {int(value) for row in entry.rows for key, value in row.when.items() if key == name}
+        near = {value + step for value in bounds for step in (-1, 0, 1)} if name in keys else set()
+        values.append([{name: value} for value in sorted(near)] or [{}])
+    return [entry.best({**keys, **one, **other}) for one in values[0] for other in values[1]]
 
 
 def unknown_kernels(arch_name: str, asked: set[str]) -> list[Result]:

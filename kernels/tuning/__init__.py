@@ -1,28 +1,31 @@
 """Launch parameters of the Triton kernels: looked up, never searched at run time.
 
-A kernel's author keeps a table of starting values next to the kernel, and asks for parameters at every launch:
+A kernel's author keeps the fallback next to the kernel, and asks for parameters at every launch:
 
     DEFAULTS = {"delta_rule_forward_state": {
-        "generic": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},  # required: used where nothing better is known
-        "gfx942": {"BLOCK_V": 64, "num_warps": 8, "matrix_instr_nonkdim": 16},  # laid over generic
+        "generic": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},  # for devices without a table, and the interpreter
     }}
     CANDIDATES = {"delta_rule_forward_state": [{"BLOCK_V": 32, "num_warps": 4}, ...]}  # what `bench --tune` may try
 
     use = parameters("delta_rule_forward_state", architecture(q.device), defaults=DEFAULTS, K=K, V=V, T=T, heads=B * H)
     _kernel[grid](..., **use)
 
-Tuned values live in `<architecture>.json` in this folder (and `generic.json`), read once per process, and win over
-DEFAULTS:
+What is known of an architecture stands in `<architecture>.json` in this folder, all of it, with what holds for
+unknown devices in `generic.json`; read once per process, they win over DEFAULTS:
 
     {"delta_rule_forward_state": {
-        "default": {"num_warps": 8},
-        "rows": [{"when": {"K": 128, "V": 128}, "use": {"BLOCK_V": 64}},
+        "default": {"BLOCK_V": 32, "num_warps": 8, "num_stages": 2},
+        "rows": [{"when": {"K": 128, "V": 128}, "use": {"BLOCK_V": 64}, "source": "offline: 8 warps spill"},
                  {"when": {"K": 128, "T_min": 8192}, "use": {"BLOCK_V": 128}, "measured": "ledger row 12"}]}}
+
+"measured" names the measurement behind a row. Everything without it was chosen by the figures of the compilers alone
+(`python -m kernels.check`): it fits, does not spill and uses the matrix units, and nobody has timed it. "source" may say
+why such a row is there.
 
 `when` names keys of the call: a plain name must be equal (numbers or strings), `X_min` and `X_max` bound key X, ends
 included. A row applies when all its conditions hold. Layers, each laid over the one before: DEFAULTS generic,
-generic.json, DEFAULTS of the architecture, <architecture>.json's default row, the one most particular row that
-applies. Most particular: most equalities, then most bounds, then the earlier one. A row with bounds only is thus a
+generic.json, DEFAULTS of the architecture (if a kernel has any), <architecture>.json's default, the one most particular
+row that applies. Most particular: most equalities, then most bounds, then the earlier one. A row with bounds only is thus a
 bucket, a row with equalities exact.
 
 Options that a backend does not know make Triton's JIT raise KeyError; they are removed here, so that one table may
@@ -58,6 +61,7 @@ class Row:
     when: Mapping[str, int | str]
     use: Mapping[str, int]
     measured: str = ""  # which ledger row or command stands behind it; "" for a row that was only compiled
+    source: str = ""  # why the row is there
 
     def applies(self, keys: Mapping[str, Any], *, bounds: bool = True) -> bool:
         """Whether all conditions hold for `keys`. bounds=False ignores X_min and X_max (to find a shape for a row)."""
@@ -108,6 +112,8 @@ def parameters(kernel: str, arch: str | None = None, *, defaults: Defaults | Non
     key = (kernel, arch, tuple(sorted(keys.items())))
     use = _answers.get(key)
     if use is None:
+        if len(_answers) > 4096:  # lengths of sequences are part of the key
+            _answers.clear()
         use = _answers[key] = _look_up(kernel, arch, defaults, keys)
     if kernel in _overrides:
         use = supported({**use, **_overrides[kernel]}, arch)
@@ -178,11 +184,23 @@ def _entry(path: Path, kernel: str, body: Any) -> Entry:
         raise ValueError(f"{path}: {kernel} must have the keys 'default' and 'rows' only, got {body!r}")
     rows = []
     for number, row in enumerate(body.get("rows", [])):
-        if not isinstance(row, dict) or set(row) - {"when", "use", "measured"} or not {"when", "use"} <= set(row):
+        where = f"row {number}"
+        if (
+            not isinstance(row, dict)
+            or set(row) - {"when", "use", "measured", "source"}
+            or not {"when", "use"} <= set(row)
+        ):
             raise ValueError(
-                f"{path}: {kernel}, row {number}: needs 'when' and 'use' (and may have 'measured'), got {row!r}"
+                f"{path}: {kernel}, {where}: needs 'when' and 'use' (and may have 'measured' and 'source'), got {row!r}"
             )
-        rows.append(Row(row["when"], use(row["use"], f"row {number}"), row.get("measured", "")))
+        when, notes = row["when"], {name: row.get(name, "") for name in ("measured", "source")}
+        if not isinstance(when, dict) or not all(isinstance(value, int | str) for value in when.values()):
+            raise ValueError(
+                f"{path}: {kernel}, {where}: 'when' must be an object of numbers and strings, got {when!r}"
+            )
+        if not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError(f"{path}: {kernel}, {where}: 'measured' and 'source' must be text, got {notes!r}")
+        rows.append(Row(when, use(row["use"], where), **notes))
     return Entry(use(body.get("default", {}), "default"), tuple(rows))
 
 

@@ -178,17 +178,22 @@ def test_every_row_of_the_tuning_table_is_compiled(only, monkeypatch, tmp_path):
     rows = [
         {"when": {"D": 64, "T_min": 1000000}, "use": {"num_warps": 8}},  # selected by no small request: forced upon one
         {"when": {"D": 65}, "use": {"num_warps": 8}},  # fits no request
+        {"when": {"T_max": 5000}, "use": {"num_warps": 2}},  # selected: it hides the default
     ]
-    table = {"short_conv_forward": {"rows": rows}, "short_conf_forward": {}}
+    table = {"short_conv_forward": {"default": {"num_warps": 1}, "rows": rows}, "short_conf_forward": {}}
     (tmp_path / "gfx942.json").write_text(json.dumps(table))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning.forget()
     try:
         only(_case(_convolve()))
         results, asked = sweep.sweep("short_conv", "gfx942")
-        forced = [result for result in results if result.case == "a case, row 0"]
-        assert [(r.kernel, r.options["num_warps"], r.problems) for r in forced] == [("forward_kernel", 8, [])]
-        assert [r.problems[0][0] for r in results if r.problems] == ["row"]
+        compiled = {
+            (r.case, r.options["num_warps"]) for r in results if r.kernel == "forward_kernel" and not r.problems
+        }
+        assert compiled == {("a case", 2), ("a case, row 0", 8), ("a case, default", 1)}
+        assert [r.problems[0] for r in results if r.problems] == [
+            ("row", "row 1 of short_conv_forward in gfx942.json fits no representative request: {'D': 65}")
+        ]
         (unknown,) = sweep.unknown_kernels("gfx942", asked)
         assert unknown.problems == [("row", "gfx942.json has short_conf_forward, which no kernel asks for")]
     finally:
@@ -217,3 +222,27 @@ def test_the_command_line(tmp_path):
     run = subprocess.run([*command, "--op", "telepathy"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "invalid choice: 'telepathy'" in run.stderr
+
+
+def _whole_sweep(architectures, tmp_path):
+    """Runs the check on all operators, and asserts that nothing is at fault and nothing was passed over."""
+    command = [sys.executable, "-m", "kernels.check", "--json", str(tmp_path / "f.json")]
+    run = subprocess.run([*command, *(f"--arch={name}" for name in architectures)], capture_output=True, text=True)
+    assert run.returncode == 0, "\n".join(line for line in run.stdout.splitlines() if "FAULT" in line) + run.stderr
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["faulty"] == 0
+    served = {op for op in sweep.operators() if sweep.triton_forms(op)}
+    assert served >= {"delta_rule", "gated_linear_attention", "norm", "short_conv"}
+    kernels = {(result["arch"], result["op"]) for result in found["results"] if result["figures"] is not None}
+    assert kernels == {(arch, op) for arch in architectures for op in served}
+    occupancy = [result["figures"]["occupancy"] for result in found["results"] if result["figures"] is not None]
+    assert min(occupancy) >= 1
+
+
+def test_every_kernel_is_fit_for_mi300x_and_h100(tmp_path):
+    _whole_sweep(["gfx942", "sm90"], tmp_path)
+
+
+@pytest.mark.campaign
+def test_every_kernel_is_fit_for_the_other_architectures(tmp_path):
+    _whole_sweep(["gfx950", "sm80", "sm100"], tmp_path)

@@ -180,6 +180,11 @@ def test_overrides_and_observation(files):
         ({"scan": {"row": []}}, "must have the keys 'default' and 'rows' only"),
         ({"scan": {"default": {"BLOCK_V": "64"}}}, "must be an object of integers"),
         ({"scan": {"rows": [{"use": {}}]}}, "row 0: needs 'when' and 'use'"),
+        (
+            {"scan": {"rows": [{"when": {"K": [1]}, "use": {}}]}},
+            "row 0: 'when' must be an object of numbers and strings",
+        ),
+        ({"scan": {"rows": [{"when": {}, "use": {}, "source": 3}]}}, "row 0: 'measured' and 'source' must be text"),
     ],
 )
 def test_a_malformed_file_is_named(files, content, message):
@@ -188,8 +193,28 @@ def test_a_malformed_file_is_named(files, content, message):
         parameters("scan", "sm90", defaults=DEFAULTS)
 
 
-def test_the_shipped_files_can_be_read():
+def test_the_shipped_tables_hold_every_kernel_of_every_architecture():
     tuning.forget()
-    for name in ARCHITECTURES:
+    tables = {name: tuning.read(name) for name in ARCHITECTURES}
+    kernels = set(tables["gfx942"])
+    assert len(kernels) >= 25
+    for name, table in tables.items():
         assert (tuning.FOLDER / f"{name}.json").exists()
-        tuning.read(name)
+        if name == "generic":
+            continue
+        assert set(table) == kernels, name
+        for kernel, entry in table.items():
+            if kernel != "delta_rule_segments":
+                assert {"num_warps", "num_stages"} <= set(entry.default), (name, kernel)
+            foreign = tuning.NVIDIA_ONLY if name.startswith("gfx") else tuning.AMD_ONLY
+            assert not foreign & {option for use in (entry.default, *(r.use for r in entry.rows)) for option in use}
+            # Nothing is claimed without saying by what: a measurement or the compilers' figures.
+            assert all(row.measured or row.source.startswith("offline: ") for row in entry.rows), (name, kernel)
+
+
+def test_a_row_may_say_where_it_comes_from(files):
+    rows = [{"when": {}, "use": {"BLOCK_V": 16}, "source": "offline: why", "measured": "row 40"}]
+    files("sm90", {"scan": {"rows": rows}})
+    (row,) = tuning.read("sm90")["scan"].rows
+    assert (row.source, row.measured) == ("offline: why", "row 40")
+    assert parameters("scan", "sm90", defaults=DEFAULTS)["BLOCK_V"] == 16
