@@ -41,12 +41,3 @@ class MultiToken(nn.Module):
         """x, the stream after the last layer, and next_embedding, of the following token: [B, T, D] -> ([B, T, D], carry)."""
         joined = self.join(torch.cat((self.stream_norm(x), self.token_norm(next_embedding)), dim=-1))
         return self.block(joined.float(), sequence, None, carry)
-
-
-def following(row: Tensor, cu_seqlens: Tensor | None, fill: int) -> Tensor:
-    """row [B, T] shifted left by one within each sequence; the last place of each sequence gets `fill`."""
-    shifted = torch.cat((row[:, 1:], row.new_full((row.shape[0], 1), fill)), dim=1)
-    if cu_seqlens is not None:
-        last = (cu_seqlens[1:].long() - 1).clamp(min=0)
-        shifted = shifted.index_fill(1, last, fill)
-    return shifted

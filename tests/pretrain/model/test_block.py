@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from kernels import rms_norm
 from pretrain.model.block import Block, ResidualScaling
 from pretrain.model.decoder import Decoder
-from pretrain.model.multi_token import following
 from pretrain.model.sequence import SequenceContext
 from tests.pretrain.small import decoder, tokens
 
@@ -121,9 +120,9 @@ def test_packing_and_decoding_hold_in_every_block(block: dict[str, Any]) -> None
 
 def test_following_stays_within_each_sequence() -> None:
     row = torch.arange(10, 18)[None]
-    assert following(row, None, -1).tolist() == [[11, 12, 13, 14, 15, 16, 17, -1]]
+    assert SequenceContext.of(row, None).following(row, -1).tolist() == [[11, 12, 13, 14, 15, 16, 17, -1]]
     borders = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
-    assert following(row, borders, -1).tolist() == [[11, 12, -1, -1, 15, 16, 17, -1]]
+    assert SequenceContext.of(row, borders).following(row, -1).tolist() == [[11, 12, -1, -1, 15, 16, 17, -1]]
 
 
 def multi(**changes: Any) -> Decoder:
@@ -166,7 +165,7 @@ def test_multi_token_prediction_respects_packing() -> None:
     model = multi()
     row = tokens(1, 9)
     borders = torch.tensor([0, 4, 9], dtype=torch.int32)
-    targets = following(row, borders, -100)
+    targets = SequenceContext.of(row, borders).following(row, -100)
 
     def gradients(*calls: tuple[Tensor, Tensor, Tensor | None]) -> dict[str, Tensor]:
         model.zero_grad()
