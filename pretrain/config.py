@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from parallel.config import Strict, guess
 from parallel.engines import EngineConfig, TorchConfig
 from parallel.mesh import MeshConfig
+from parallel.recompute import Recompute
 from pretrain.data.config import DataConfig
 from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
@@ -35,6 +36,10 @@ class TrainConfig(Strict):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the matrix products. Parameters and optimizer state are fp32 either way."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    recompute: Recompute = "none"
+    """Activation checkpointing: full keeps only each block's input, selective also the results of matrix products."""
+    compile: bool = False
+    """torch.compile for every block. The first steps are slow; worth it on GPUs."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights; data.seed fixes the order of the data."""
     initial: Path | None = None

@@ -13,6 +13,7 @@ import torch
 from parallel import engines
 from parallel.mesh import Mesh
 from parallel.processes import Processes
+from parallel.recompute import apply_compile, apply_recompute
 from parallel.state import model_tensors
 from pretrain import config as configuration
 from pretrain.checkpoint.agreement import Agreement
@@ -75,6 +76,9 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
         lines = or_usage(lambda: start_from(initial, model, agreement))
         if job.first:
             print("\n".join(lines), flush=True)
+    apply_recompute(model.blocks, config.train.recompute)
+    if config.train.compile:
+        apply_compile(model.blocks)
     engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
     run = Run(config, job, engine, model)
     checkpoints.sweep()

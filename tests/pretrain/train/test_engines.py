@@ -21,6 +21,8 @@ LAYOUTS = {
     "zero1": (2, ("engine.kind=deepspeed", "engine.stage=1")),
     "zero2": (2, ("engine.kind=deepspeed", "engine.stage=2")),
     "zero2 on one rank": (1, ("engine.kind=deepspeed",)),
+    "fsdp2 recomputing": (2, ("train.recompute=full",)),
+    "zero2 recomputing some": (2, ("engine.kind=deepspeed", "train.recompute=selective")),
     "larger micro-batch": (1, ("train.micro_batch=4",)),
 }
 STEPS = "train.steps=4"

@@ -1,0 +1,54 @@
+"""Activation checkpointing and compilation, applied to a model's blocks from outside. Neither changes names or results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "full", "selective"]
+
+# What is dear to compute and cheap to keep: matrix products and fused attention. All else is computed again.
+KEPT = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
+    """Frees activations inside each block after its forward pass and computes them again in the backward pass.
+
+    full: only a block's inputs are kept. selective: the results of matrix products and of attention are kept, too. Call it before
+    the blocks are sharded or compiled.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        # In place of the method, not around the module: parameters keep their names, and FSDP2 its hooks.
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # Inside an operator with a backward of its own (gradients are off there) products are scratch, overwritten as it goes.
+    return CheckpointPolicy.MUST_SAVE if op in KEPT and torch.is_grad_enabled() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_compile(blocks: Iterable[nn.Module]) -> None:
+    """Compiles each block with torch.compile: one graph for all blocks that look alike. Call it before they are sharded."""
+    for block in blocks:
+        block.compile()
