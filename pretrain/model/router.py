@@ -35,6 +35,11 @@ class Balanced(nn.Module):
         raise NotImplementedError
 
 
+def unreduced(load: Tensor) -> Tensor:
+    """For a single process: it sees its own load only."""
+    return load
+
+
 class Routing(NamedTuple):
     """What a router decided for N tokens.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from kernels.experts import load
-from pretrain.model.sequence import SequenceContext
+from pretrain.model.router import unreduced
 
 
 def batch_loss(affinity: Tensor, counts: Tensor) -> Tensor:
@@ -19,30 +20,22 @@ def batch_loss(affinity: Tensor, counts: Tensor) -> Tensor:
     return affinity.shape[1] * (share * affinity.sum(dim=0)).sum()
 
 
-def sequence_loss(affinity: Tensor, top_k: int, owner: Tensor, sequences: int) -> Tensor:
+def sequence_loss(
+    affinity: Tensor, top_k: int, owner: Tensor, sequences: int, total: Callable[[Tensor], Tensor] = unreduced
+) -> Tensor:
     """The same within each sequence, mean over a sequence's tokens times its length (DeepSeek-V3, equations 17 to 20).
 
     affinity: [N, E]. owner: int64 [N], the sequence of each token, 0 <= owner < sequences. As in the paper, f_i counts the choice
     that the scores alone would make, without bias or groups: the loss is there to even out the scores themselves.
+    total: int64 [sequences, E], counts over these tokens -> counts over all tokens of the sequences, if there are more elsewhere.
     """
     E = affinity.shape[1]
     indices = affinity.detach().topk(top_k, dim=-1).indices
-    counts = load(owner[:, None] * E + indices, sequences * E).view(sequences, E)
-    lengths = torch.bincount(owner, minlength=sequences)
-    share = counts.to(affinity.dtype) / (top_k * lengths[:, None].clamp(min=1))
+    counts = total(load(owner[:, None] * E + indices, sequences * E).view(sequences, E))
+    share = counts.to(affinity.dtype) / counts.sum(dim=1, keepdim=True).clamp(min=1)
     return E * (share[owner] * affinity).sum()
 
 
 def z_loss(logits: Tensor) -> Tensor:
     """Sum over tokens of log(sum exp(logits))^2 (ST-MoE, arXiv 2202.08906, equation 5). logits: [N, E]."""
     return logits.logsumexp(dim=-1).square().sum()
-
-
-def owners(sequence: SequenceContext) -> tuple[Tensor, int]:
-    """(the sequence of each token, int64 [N]; how many there are), tokens in the order of x.flatten(0, -2)."""
-    B, T = sequence.positions.shape
-    if sequence.cu_seqlens is None:
-        return torch.arange(B * T, device=sequence.positions.device) // T, B
-    lengths = sequence.cu_seqlens.diff().long()
-    numbers = torch.arange(lengths.numel(), device=lengths.device)
-    return numbers.repeat_interleave(lengths, output_size=T), lengths.numel()

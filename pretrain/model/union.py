@@ -12,6 +12,7 @@ factor g / stopgrad(g) on the output, whose value is 1 and whose gradient is tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from parallel.config import Strict
 from pretrain.model.quantiles import Quantiles
-from pretrain.model.router import Balanced, Gate
+from pretrain.model.router import Balanced, Gate, unreduced
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import require
 
@@ -84,14 +85,14 @@ class Selection(NamedTuple):
         """For a module that holds some of the experts only."""
         return Selection(self.mask[..., experts], self.factor[..., experts], None, self.levels)
 
-    def imbalance(self) -> Tensor:
+    def imbalance(self, reduce_load: Callable[[Tensor], Tensor] = unreduced) -> Tensor:
         """Switch loss n sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961), summed over levels: 1 each when even; fp32 scalar.
 
-        f: shares of the choices, P: mean shares of the scores, over the tokens of the call.
+        f: shares of the choices, P: mean shares of the scores, over the tokens of the call; f over more by reduce_load.
         """
         losses = []
         for mask, log_gate, _ in self.levels:
-            chosen = mask.flatten(0, 1).sum(0).to(log_gate.dtype)
+            chosen = reduce_load(mask.flatten(0, 1).sum(0)).to(log_gate.dtype)
             shares = log_gate.softmax(-1).flatten(0, 1).mean(0)
             losses.append(mask.shape[-1] * (chosen / chosen.sum().clamp(min=1) * shares).sum())
         return torch.stack(losses).sum()

@@ -17,8 +17,8 @@ from torch.nn import functional
 from kernels.experts import load
 from pretrain.model.ffns.routed import Dispatcher, RoutedFFN
 from pretrain.model.ffns.swiglu import SwiGLU
-from pretrain.model.router import Gate, Router, Routing
-from pretrain.model.router_losses import batch_loss, owners, sequence_loss, z_loss
+from pretrain.model.router import Gate, Router, Routing, unreduced
+from pretrain.model.router_losses import batch_loss, sequence_loss, z_loss
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Carry, FFNConfig, linear_flops, require
 
@@ -60,11 +60,6 @@ class MoEConfig(FFNConfig):
         return MoE(width, self)
 
 
-def unreduced(load: Tensor) -> Tensor:
-    """One process sees its own load only."""
-    return load
-
-
 class MoE(RoutedFFN):
     def __init__(self, width: int, config: MoEConfig):
         super().__init__(width, config.experts, config.top_k, config.hidden)
@@ -90,9 +85,11 @@ class MoE(RoutedFFN):
         self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None, carry: Carry
     ) -> tuple[Tensor, Carry]:
         routing = self.router.route(x.flatten(0, -2))
-        y = self.dispatch(self._tokens(x), self.gate_up, self.down, routing.indices, routing.scores).view_as(x)
-        if self.shared is not None:
-            y = y + self._shared(self.shared, x)
+        pending = self.start(self._tokens(x), routing.indices, routing.scores)
+        shared = None if self.shared is None else self._shared(self.shared, x)  # while tokens are on their way
+        y = pending.finish().view_as(x)
+        if shared is not None:
+            y = y + shared
         return y, self._with_losses(carry, routing, sequence) if self.training else carry
 
     def _shared(self, shared: SwiGLU, x: Tensor) -> Tensor:
@@ -109,7 +106,8 @@ class MoE(RoutedFFN):
             counts = self.reduce_load(load(routing.indices, config.experts))
             carry = carry.add(config.batch_loss * batch_loss(routing.affinity, counts))
         if config.sequence_loss:
-            carry = carry.add(config.sequence_loss * sequence_loss(routing.affinity, config.top_k, *owners(sequence)))
+            loss = sequence_loss(routing.affinity, config.top_k, *sequence.owners(), sequence.total)
+            carry = carry.add(config.sequence_loss * loss)
         if config.z_loss:
             carry = carry.add(config.z_loss * z_loss(routing.logits))
         return carry

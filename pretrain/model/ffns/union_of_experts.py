@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from kernels import experts
 from pretrain.model.ffns.mlp import MLPConfig
-from pretrain.model.ffns.moe import Dispatcher
+from pretrain.model.ffns.routed import Dispatcher, expert_splits
 from pretrain.model.ffns.swiglu import SwiGLUConfig
+from pretrain.model.router import unreduced
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.split import Section, Split
 from pretrain.model.sublayer import Carry, ContextualFFN, FFNConfig, linear_flops, require
@@ -56,6 +57,7 @@ class UnionOfExpertsConfig(RoutingConfig, FFNConfig):
 
 
 class UnionOfExperts(ContextualFFN):
+    routes_by_token = False  # but by patches, and by what came before
     reads_wide = True
     own: slice | None = None  # in a part: its experts among all
 
@@ -64,6 +66,7 @@ class UnionOfExperts(ContextualFFN):
         n, hidden = config.experts, config.hidden
         divisors = ", ".join(str(i) for i in range(1, min(hidden, 1024) + 1) if hidden % i == 0)
         require(hidden % n == 0, f"experts={n} does not divide hidden={hidden}; choose one of {divisors}")
+        self.experts = n
         self.activation, self.balance_loss = config.activation, config.balance_loss
         self.gated = config.activation == "swiglu"
         self.routing = config.routing(width, n)
@@ -73,6 +76,8 @@ class UnionOfExperts(ContextualFFN):
         self.up_bias = nn.Parameter(torch.zeros(n, inner)) if config.bias else None
         self.down_bias = nn.Parameter(torch.zeros(n, width)) if config.bias else None
         self.dispatch: Dispatcher = experts
+        self.reduce_load: Callable[[Tensor], Tensor] = unreduced
+        """int64 [n] -> its sum over the ranks that share a global batch, for balance_loss; called once a level."""
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
@@ -85,7 +90,7 @@ class UnionOfExperts(ContextualFFN):
     ) -> tuple[Tensor, Carry]:
         selection = self.routing(x, sequence, cache)
         if self.training and self.balance_loss and selection.levels:
-            carry = carry.add(self.balance_loss * x.shape[0] * x.shape[1] * selection.imbalance())
+            carry = carry.add(self.balance_loss * x.shape[0] * x.shape[1] * selection.imbalance(self.reduce_load))
         selection = selection if self.own is None else selection.of(self.own)
         tokens = x.flatten(0, 1)
         if torch.is_autocast_enabled(x.device.type):
@@ -122,15 +127,25 @@ class UnionOfExperts(ContextualFFN):
         return rows.combine(y * factor)
 
     def flops_per_token(self, context: float) -> float:
-        return self.routing.share(context) * linear_flops(self.up, self.down) + self.routing.flops_per_token()
+        shards = linear_flops(self.up, self.down) * self.experts / self.up.shape[0]
+        return self.routing.share(context) * shards + self.routing.flops_per_token()
 
     def active_parameters(self) -> int:
         routers = sum(parameter.numel() for parameter in self.routing.parameters())
         shards = sum(parameter.numel() for parameter in self.parameters()) - routers
-        return routers + round(self.routing.mean_share * shards)
+        return routers + round(self.routing.mean_share * shards * self.experts / self.up.shape[0])
 
     def output_projections(self) -> list[Tensor]:
         return [self.down]
+
+    def expert_splits(self) -> dict[str, tuple[Split, ...]]:
+        """As for the layers of RoutedFFN. Raises ValueError for experts that the dispatcher does not compute."""
+        require(
+            self.gated and self.up_bias is None,
+            f"experts with activation={self.activation} and bias={self.up_bias is not None} stay together on a rank; "
+            "choose activation=swiglu and bias=false, or mesh.ep=1",
+        )
+        return expert_splits("up", "down", self.experts, self.down.shape[1])
 
     def splits(self) -> dict[str, Split]:
         experts = Split(0, (Section.even(self.up.shape[0], "experts"),))
@@ -138,7 +153,7 @@ class UnionOfExperts(ContextualFFN):
         return {"up": experts, "down": experts} | biases
 
     def shrink(self, rank: int, ranks: int) -> None:
-        own = self.up.shape[0]
+        own = self.experts = self.up.shape[0]
         self.own = slice(rank * own, (rank + 1) * own)
         self.balance_loss /= ranks  # every part computes all of it
         if rank > 0:

@@ -79,7 +79,7 @@ class ZayaMoE(RoutedFFN):
     def _experts(self, x: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         if self.skip == "off":
             return self.dispatch(x, self.gate_up, self.down, indices, scores)
-        skipped = indices == self.gate_up.shape[0]
+        skipped = indices == self.experts
         # A skip in one of several places leaves a weight of zero at the neighbouring place's expert, which a choice of distinct
         # ones makes a real one; tokens whose every place is a skip do not travel at all.
         indices = indices.where(~skipped, indices.roll(1, dims=-1))

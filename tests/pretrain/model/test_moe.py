@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.model.ffns.moe import MoE, MoEConfig
 from pretrain.model.router import Router
-from pretrain.model.router_losses import batch_loss, owners, sequence_loss, z_loss
+from pretrain.model.router_losses import batch_loss, sequence_loss, z_loss
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Carry, init_normal
 from pretrain.train.balance import load_entropy
@@ -155,9 +155,9 @@ def test_batch_losses_of_ranks_add_up_to_the_loss_of_the_whole_batch() -> None:
 
 def test_owners_of_rows_and_of_packed_sequences() -> None:
     dense = SequenceContext.of(torch.zeros(2, 3, dtype=torch.int64), None)
-    assert owners(dense)[0].tolist() == [0, 0, 0, 1, 1, 1] and owners(dense)[1] == 2
+    assert dense.owners()[0].tolist() == [0, 0, 0, 1, 1, 1] and dense.owners()[1] == 2
     packed = SequenceContext.of(torch.zeros(1, 6, dtype=torch.int64), torch.tensor([0, 2, 2, 6], dtype=torch.int32))
-    assert owners(packed)[0].tolist() == [0, 0, 2, 2, 2, 2] and owners(packed)[1] == 3
+    assert packed.owners()[0].tolist() == [0, 0, 2, 2, 2, 2] and packed.owners()[1] == 3
 
 
 def test_auxiliary_losses_reach_the_gradient_but_not_the_decoders_loss() -> None:
