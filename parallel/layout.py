@@ -2,8 +2,8 @@
 
 A model states how a parameter is cut as data (a split, as in pretrain/model/split.py). What was cut is written down on the
 modules themselves, by the parameters' names: sharding replaces parameter objects, and wrappers change the names above a
-module, but the module stays. From that, any tensor of a parameter's shape (the parameter, its gradient, its optimizer state) is a set of
-boxes of the whole one.
+module, but the module stays. From that, any tensor of a parameter's shape (the parameter, its gradient, its optimizer
+state) is a set of boxes of the whole one.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
     model/<parameter or persistent buffer>
     optimizer/<parameter>/<key>            exp_avg, exp_avg_sq, momentum_buffer, step, ...
 
-The names do not depend on how the model is wrapped, sharded or compiled, nor on the engine, so neither does a
-checkpoint. The tensors are the live ones (plain, or DTensor for a sharded parameter), so that loading is: make the
-dictionary, have it filled in place, and hand it to the `load_*` functions, which put back what was not a tensor.
+Names and shapes are those of the whole model. They do not depend on how it is wrapped, cut, sharded or compiled, nor on the
+engine, so neither does a checkpoint. The tensors are the live ones (plain, DTensor for a sharded parameter, Share for
+one that tensor or expert parallelism has cut), so that loading is: make the dictionary, have it filled in place, and hand
+it to the `load_*` functions, which put back what was not a tensor.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,14 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-# What wrappers add to names: torch.compile, activation checkpointing, DistributedDataParallel (at the front only).
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+from parallel.layout import Cuts, cuts, local, plain_name
+from parallel.share import Share
+
 Optimizers = Optimizer | Iterable[Optimizer]
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers have put into it."""
-    return _WRAPPERS.sub("", name)
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -52,7 +48,11 @@ def _reshard(model: nn.Module) -> None:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`model/<name>` -> every parameter and persistent buffer, detached and sharing memory with the model's own."""
-    tensors = {f"model/{name}": parameter.detach() for name, parameter in named_parameters(model)}
+    table = cuts(_root(model))
+    tensors = {
+        f"model/{name}": Share.of(parameter.detach(), table.get(name, ()), name)
+        for name, parameter in named_parameters(model)
+    }
     seen: set[int] = set()
     for prefix, module in _root(model).named_modules():
         for name, buffer in module._buffers.items():
@@ -83,10 +83,11 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
     from the configuration. Raises ValueError if the optimizer updates a parameter that the model does not have.
     """
     tensors: dict[str, Tensor] = {}
+    table, shapes = cuts(_root(model)), {name: parameter.shape for name, parameter in named_parameters(model)}
     for name, state in _states(model, optimizer):
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value.detach()
+                tensors[f"optimizer/{name}/{key}"] = _share(f"{name}/{key}", value, table.get(name, ()), shapes[name])
             elif isinstance(value, (bool, int, float)):
                 tensors[f"optimizer/{name}/{key}"] = torch.tensor(value, dtype=_number_dtype(value))
     return tensors
@@ -97,11 +98,12 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizers, tensors: Map
 
     Raises ValueError if a name of the optimizer's state is absent from `tensors`; other names are not looked at.
     """
-    _require(optimizer_tensors(model, optimizer), tensors)
+    own = optimizer_tensors(model, optimizer)
+    _require(own, tensors)
     for name, state in _states(model, optimizer):
         for key, value in state.items():
             if isinstance(value, Tensor):
-                _copy(value, tensors[f"optimizer/{name}/{key}"])
+                _copy(own[f"optimizer/{name}/{key}"], tensors[f"optimizer/{name}/{key}"])
             elif isinstance(value, (bool, int, float)):
                 state[key] = type(value)(tensors[f"optimizer/{name}/{key}"].item())
 
@@ -180,14 +182,28 @@ def _number_dtype(value: float) -> torch.dtype:
     return torch.int64 if isinstance(value, int) else torch.float64
 
 
+def _share(name: str, value: Tensor, each: Cuts, shape: torch.Size) -> Tensor:
+    """A tensor of a parameter's optimizer state: cut like the parameter, or a number."""
+    if each and value.dim() > 0 and value.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} for a parameter of {tuple(shape)}: tensor and expert parallelism know how "
+            "to save state of the parameter's own shape; use another optimizer, or mesh.tp=1 and mesh.ep=1"
+        )
+    return Share.of(value.detach(), each if value.dim() > 0 else (), name)
+
+
 @torch.no_grad()
 def _copy(target: Tensor, source: Tensor) -> None:
-    if target is not source and not _same_memory(target, source):
+    if target is source or _same_memory(target, source):
+        return
+    if isinstance(target, Share):
+        target.fill(source)
+    else:
         target.copy_(source)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    local_a, local_b = (t.to_local() if isinstance(t, DTensor) else t for t in (a, b))
+    local_a, local_b = (local(t.held if isinstance(t, Share) else t) for t in (a, b))
     return local_a.numel() > 0 and local_a.data_ptr() == local_b.data_ptr() and local_a.device == local_b.device
 
 
