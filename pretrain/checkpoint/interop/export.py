@@ -74,7 +74,7 @@ def export(
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     fsync_folder(out.parent)
-    return Exported(out, entry.path, chosen, size, notes)
+    return Exported(out, entry.path, chosen, size, notes + ([chosen.note] if chosen.note else []))
 
 
 def _elsewhere(entry: on_disk.Entry) -> list[Path]:

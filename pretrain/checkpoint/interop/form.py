@@ -24,6 +24,7 @@ class Format:
     name: its model_type in config.json. mixers, ffns: kinds that its layers may have; no ffns: layers of a mixer only.
     write: our model section -> config.json, for a model of those kinds. read: config.json -> our model section; raises ValueError
     for what cannot be expressed here. weights: where every tensor is. limits: lines for what reading back cannot notice.
+    note: what a person should know about every exported folder.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Format:
     read: Callable[[Theirs], dict[str, Any]]
     weights: Callable[[DecoderConfig], Iterable[Group | Absent]]
     limits: Callable[[DecoderConfig], list[str]] = lambda config: []
+    note: str = ""
 
 
 def find(name: str) -> Format:
@@ -76,7 +78,7 @@ def obstacles(form: Format, config: DecoderConfig) -> list[str]:
     try:
         theirs = plain(model_of(form, Theirs(form.write(config), form.title)))
     except (ValueError, ValidationError) as error:
-        return [f"{form.title}: {error}", *form.limits(config)]
+        return [*form.limits(config), str(error)]
     return [*differences(ours, theirs, form.title), *form.limits(config)]
 
 

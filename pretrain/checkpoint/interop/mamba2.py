@@ -20,7 +20,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     limits = {} if mixer.dt_limits is None else {"time_step_limit": list(mixer.dt_limits)}
     return {
         **parts.write_top(config),
-        "expand": int(mixer.expand),
+        "expand": int(mixer.expand) if mixer.expand.is_integer() else mixer.expand,
         "head_dim": mixer.head_dim,
         "num_heads": round(mixer.expand * config.width) // mixer.head_dim,
         "state_size": mixer.state_dim,
@@ -84,4 +84,11 @@ def weights(config: DecoderConfig) -> Iterator[Group]:
         yield same(f"{ours}.norm", f"{theirs}.norm.weight")
 
 
-FORMAT = Format("mamba2", "Mamba-2", "Mamba2ForCausalLM", ("mamba2",), (), write, read, weights)
+def limits(config: DecoderConfig) -> list[str]:
+    mixer = parts.first(config, Mamba2Config)
+    if mixer is None or mixer.expand.is_integer():
+        return []
+    return [f"model.mixers.*.expand = {mixer.expand}: Mamba-2's configuration has whole numbers"]
+
+
+FORMAT = Format("mamba2", "Mamba-2", "Mamba2ForCausalLM", ("mamba2",), (), write, read, weights, limits)

@@ -41,7 +41,11 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHAR
     def flush() -> None:
         nonlocal size
         if held:
-            save_file(held, part(len(files)), metadata={"format": "pt"})
+            path = part(len(files))
+            path.touch()
+            mode = path.stat().st_mode  # the library's own choice is to let nobody else read
+            save_file(held, path, metadata={"format": "pt"})
+            path.chmod(mode)
             files.append(list(held))
             held.clear()
             size = 0

@@ -28,6 +28,8 @@ PROBES = (
     "    " * 7 + "x", "\n" * 9, "aaaaaaaaaaa 1234567",
 )  # fmt: skip
 
+NEVER = -1e6  # a score that no path through a text survives
+
 Ids = dict[str, int | None]
 
 
@@ -125,7 +127,8 @@ def translate(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         table = {
             "type": "Unigram",
             "unk_id": unknown,
-            "vocab": [[piece.piece, piece.score] for piece in pieces],
+            # Bytes and control pieces are never what a text spells.
+            "vocab": [[piece.piece, piece.score if piece.type == kinds.NORMAL else NEVER] for piece in pieces],
             "byte_fallback": byte_fallback,
         }
     else:
@@ -182,7 +185,8 @@ def _spaces(rules: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if rules.remove_extra_whitespaces:
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        # Of spaces only: line breaks stay, unless the normalisation has made spaces of them.
+        steps.append({"type": "Replace", "pattern": {"Regex": "\\A +| +\\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if rules.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})

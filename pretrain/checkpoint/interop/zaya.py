@@ -158,4 +158,5 @@ def limits(config: DecoderConfig) -> list[str]:
     return found
 
 
-FORMAT = Format("zaya", "ZAYA1", "ZayaForCausalLM", ("cca",), ("zaya_moe",), write, read, weights, limits)
+NOTE = "transformers 5.23 sets the bias of every router's skip choice to -1 after loading, whatever the folder says"
+FORMAT = Format("zaya", "ZAYA1", "ZayaForCausalLM", ("cca",), ("zaya_moe",), write, read, weights, limits, NOTE)
