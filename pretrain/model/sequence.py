@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernels import attention, delta_rule, gated_linear_attention, selective_scan, short_convolution
 from kernels.delta_rule import delta_rule_step
@@ -147,11 +148,7 @@ class SequenceContext:
 
     def following(self, row: Tensor, fill: int) -> Tensor:
         """row [B, T] shifted left by one within each sequence; the last place of each sequence gets `fill`."""
-        shifted = torch.cat((row[:, 1:], row.new_full((row.shape[0], 1), fill)), dim=1)
-        if self.cu_seqlens is not None:
-            last = (self.cu_seqlens[1:].long() - 1).clamp(min=0)
-            shifted = shifted.index_fill(1, last, fill)
-        return shifted
+        return pad(row[:, 1:].masked_fill(self.positions[:, 1:] == 0, fill), (0, 1), value=fill)
 
     def owners(self) -> tuple[Tensor, int]:
         """(the sequence of each token, int64 [B * T]; how many there are), rows one after the other."""

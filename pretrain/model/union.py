@@ -138,6 +138,13 @@ class Routing(nn.Module):
             if isinstance(module, Balanced):
                 module.counting = False
 
+    @property
+    def whole_sequence(self) -> str | None:
+        """As for sublayers: why the routing cannot work on a part of a sequence, None where it can."""
+        if any(router is not None and router.patch is not None for router in (self.expert_router, self.data_router)):
+            return "tokens are routed by the mean of what came before (patch above 1, or expert_select=prefix)"
+        return None if self.capacity is None else "capacity counts the tokens of a sequence from its beginning"
+
     def _factor(self, mask: Tensor, levels: list[Level], x: Tensor) -> Tensor:
         if not levels or self.gradient == "none":
             return torch.ones(mask.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)

@@ -63,6 +63,8 @@ class SelectiveAttentionConfig(RoutingConfig, MixerConfig):
 
 
 class SelectiveAttention(Mixer):
+    whole_sequence = "each expert attends among the tokens that it takes, wherever they lie"
+
     reads_wide = True
     own: slice | None = None  # in a part: its experts among all
 

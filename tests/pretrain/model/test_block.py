@@ -123,6 +123,8 @@ def test_following_stays_within_each_sequence() -> None:
     assert SequenceContext.of(row, None).following(row, -1).tolist() == [[11, 12, 13, 14, 15, 16, 17, -1]]
     borders = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
     assert SequenceContext.of(row, borders).following(row, -1).tolist() == [[11, 12, -1, -1, 15, 16, 17, -1]]
+    borders = torch.tensor([0, 0, 3, 4, 4, 8, 8], dtype=torch.int32)  # the empty ones change nothing
+    assert SequenceContext.of(row, borders).following(row, -1).tolist() == [[11, 12, -1, -1, 15, 16, 17, -1]]
 
 
 def multi(**changes: Any) -> Decoder:
