@@ -40,4 +40,4 @@ class MultiToken(nn.Module):
     ) -> tuple[Tensor, Carry]:
         """x, the stream after the last layer, and next_embedding, of the following token: [B, T, D] -> ([B, T, D], carry)."""
         joined = self.join(torch.cat((self.stream_norm(x), self.token_norm(next_embedding)), dim=-1))
-        return self.block(joined.float(), sequence, None, carry)
+        return self.block(joined.to(torch.promote_types(joined.dtype, torch.float32)), sequence, None, carry)

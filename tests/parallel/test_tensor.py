@@ -1,0 +1,54 @@
+"""Tensor parallelism against one rank: every family, every gradient, every update."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.tensor import check_tensor, units
+from tests.parallel.tensor_ranks import NAMES, assemble, model_of, run_split, run_whole
+from tests.pretrain.families import build
+from tests.ranks import run_ranks
+
+PRELOAD = ("tests.parallel.tensor_ranks",)
+
+
+@cache
+def split(tp: int) -> list[dict[str, dict[str, Any]]]:
+    """Each rank's results: all families in one go, for processes take longer to start than these models to run."""
+    return run_ranks(run_split, tp, NAMES, timeout=300, preload=PRELOAD)
+
+
+@cache
+def whole(name: str) -> dict[str, Any]:
+    return run_whole(name)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_computes_what_one_rank_computes(name: str, tp: int) -> None:
+    ranks, one = [rank[name] for rank in split(tp)], whole(name)
+    for step in range(2):
+        assert sum(rank["loss"][step] for rank in ranks) == pytest.approx(one["loss"][step], rel=1e-10), step
+        for rank in ranks:
+            assert rank["norm"][step] == ranks[0]["norm"][step] == pytest.approx(one["norm"][step], rel=1e-8)
+            for router, load in one["load"][step].items():
+                assert torch.equal(rank["load"][step][router], load), router
+        close([rank["gradient"][step] for rank in ranks], one["gradient"][step], 1e-8)
+    for rank in ranks:
+        torch.testing.assert_close(rank["logits"], one["logits"], rtol=1e-5, atol=1e-5)  # fp32
+        assert torch.equal(rank["last"], rank["logits"][:, -1:])
+    close([rank["state"] for rank in ranks], one["state"], 1e-7)
+
+
+def close(ranks: list[Any], one: Any, tolerance: float) -> None:
+    """Largest difference of each tensor, relative to its largest number."""
+    found, expected = assemble(ranks), assemble([one])
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        scale = expected[name].abs().max().item()
+        difference = (tensor - expected[name]).abs().max().item() if tensor.numel() else 0.0
+        assert difference <= tolerance * scale + 1e-12, f"{name}: {difference:.3g} of {scale:.3g}"
