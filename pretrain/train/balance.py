@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 
+from parallel.expert import stage_sum
+from parallel.mesh import Mesh
+from pretrain.model.router import Balanced
 from pretrain.train.callback import Callback, Run
 
 
 class Balance(Callback):
+    """mesh: of the job; without one, all ranks are taken to hold the same layers and different tokens."""
+
+    def __init__(self, mesh: Mesh | None = None):
+        self.total = None if mesh is None else stage_sum(mesh)
+        self.stages = None if mesh is None else mesh.group("pp")
+
     def on_step(self, run: Run) -> None:
         routers = run.model.routers()
-        if not routers:
-            return
+        entropy, skipped = self._rebalance(routers, run) if routers else ({}, {})
+        if self.stages is not None:  # each stage knows of its own layers
+            found: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * dist.get_world_size(self.stages)
+            dist.all_gather_object(found, (entropy, skipped), group=self.stages)
+            entropy = {name: value for stage, _ in found for name, value in stage.items()}
+            skipped = {name: value for _, stage in found for name, value in stage.items()}
+        if routers or entropy:
+            run.record["load_entropy"] = entropy
+        if skipped:
+            run.record["skip_share"] = skipped
+
+    def _rebalance(self, routers: Mapping[str, Balanced], run: Run) -> tuple[dict[str, float], dict[str, float]]:
+        """Moves every bias; returns load entropies and shares of skipped tokens by router."""
         loads = [router.load for router in routers.values()]
         # One reduction for all layers: every rank then moves the biases by the same numbers.
-        total = run.processes.sum_(torch.cat(loads))
+        own = torch.cat(loads)
+        total = run.processes.sum_(own) if self.total is None else self.total(own)
         counted = math.isfinite(run.record["grad_norm"])  # a skipped step moves nothing, and its logits may be NaN
         entropy, skipped = {}, {}
         for (name, router), load in zip(routers.items(), total.split([load.numel() for load in loads])):
@@ -27,9 +50,7 @@ class Balance(Callback):
             entropy[name] = round(load_entropy(load[:experts]), 4)
             if router.skips:
                 skipped[name] = round((load[experts:].sum() / load.sum().clamp(min=1)).item(), 4)
-        run.record["load_entropy"] = entropy
-        if skipped:
-            run.record["skip_share"] = skipped
+        return entropy, skipped
 
 
 def load_entropy(load: torch.Tensor) -> float:
