@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.packing import sequence_bounds
 
 # Chunks times heads worked on at once on CPU: at K = 128 an operand of a slab is 0.5 MiB, so a few stay in the L2 cache,
-# and temporary memory does not grow with T. 8 and 32 measured 4 to 10% slower, 64 a quarter.
+# and temporary memory does not grow with T. Times from 8 to 32 measured within 10% of each other; 64 is slower.
 SLAB = 16
 # Slabs start from a stored state. Fewer steps than this would store more states than the operands weigh.
 LEAST_STEPS = 4
