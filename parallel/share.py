@@ -24,7 +24,7 @@ class Share(Tensor):
 
     held: Tensor
     cuts: Cuts
-    name: str
+    called: str
 
     @staticmethod
     def of(held: Tensor, cuts: Cuts, name: str) -> Tensor:
@@ -34,7 +34,7 @@ class Share(Tensor):
         share = Tensor._make_wrapper_subclass(
             Share, whole_shape(held, cuts), dtype=held.dtype, device=held.device, requires_grad=False
         )
-        share.held, share.cuts, share.name = held, cuts, name
+        share.held, share.cuts, share.called = held, cuts, name
         return share
 
     def boxes(self) -> list[Box]:
@@ -45,7 +45,7 @@ class Share(Tensor):
         """Copies from a whole tensor, or from a Share of the same blocks, into what this rank holds."""
         own = local(self.held)
         if isinstance(source, Share):
-            assert source.boxes() == self.boxes(), f"{self.name}: other blocks"
+            assert source.boxes() == self.boxes(), f"{self.called}: other blocks"
             own.copy_(local(source.held))
             return
         for box in self.boxes():
@@ -54,12 +54,12 @@ class Share(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
-            return Share.of(args[0].held.detach(), args[0].cuts, args[0].name)
-        name = next((arg.name for arg in args if isinstance(arg, Share)), "a tensor")
+            return Share.of(args[0].held.detach(), args[0].cuts, args[0].called)
+        name = next((arg.called for arg in args if isinstance(arg, Share)), "a tensor")
         raise NotImplementedError(f"{func}: this rank holds only a part of {name}; use its .held, or save and load it")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Share({self.name}: {len(self.boxes())} blocks of {list(self.shape)}, {self.dtype})"
+        return f"Share({self.called}: {len(self.boxes())} blocks of {list(self.shape)}, {self.dtype})"
 
     def __create_write_items__(self, name: str, share: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(local(self.held))
