@@ -31,6 +31,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.vocabulary import train as train_tokenizer
 from pretrain.loading import load
 from pretrain.model.decoder import Decoder, DecoderConfig
+from tests.ranks import ROOT
 
 transformers = pytest.importorskip("transformers")
 
@@ -411,7 +412,7 @@ def test_auto_tokenizer(tmp_path: Path) -> None:
     """AutoTokenizer, on an exported folder of every kind of model, encodes as the run's own tokenizer does."""
     decoder = Decoder(DecoderConfig.model_validate({**config("llama").model_dump(), "vocabulary": 512}))
     run = save(decoder, tmp_path / "run")
-    sources = [path.read_text() for path in sorted(Path("pretrain").glob("*/*.py"))]
+    sources = [path.read_text() for path in sorted((ROOT / "pretrain").glob("*/*.py"))]
     train_tokenizer(sources, 512, run / "tokenizer.model")
     assert export(run, tmp_path / "out").notes == []
     ours, names = Tokenizer(run / "tokenizer.model"), json.loads((tmp_path / "out/config.json").read_text())
@@ -444,7 +445,7 @@ def test_a_tokenizer_of_theirs(tmp_path: Path) -> None:
         special_tokens=["<|endoftext|>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    raw.train_from_iterator([path.read_text() for path in Path("pretrain/checkpoint").glob("*.py")], trainer)
+    raw.train_from_iterator([path.read_text() for path in (ROOT / "pretrain/checkpoint").glob("*.py")], trainer)
     decoder = Decoder(DecoderConfig.model_validate({**config("llama").model_dump(), "vocabulary": 320}))
     export(save(decoder, tmp_path / "run"), tmp_path / "theirs")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")

@@ -53,8 +53,8 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHAR
     for name, tensor in tensors:
         if size + tensor.nbytes > limit:
             flush()
-        # A view would bring its whole storage along; a copied one is safetensors' own.
-        held[name] = tensor.contiguous() if tensor.contiguous() is not tensor else tensor.clone()
+        # A copy: the library refuses views that share memory, and a view would keep all of it.
+        held[name] = tensor.clone(memory_format=torch.contiguous_format)
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
