@@ -37,10 +37,14 @@ def die_order(program, programs, GROUP: tl.constexpr, DIES: tl.constexpr):
 @triton.jit
 def die_order_rows(GROUP: tl.constexpr, DIES: tl.constexpr):
     """(column, row) of this program of a two-dimensional grid, in die_order."""
-    columns = tl.num_programs(0)
-    program = tl.program_id(1) * columns + tl.program_id(0)
-    program = die_order(program, tl.num_programs(1) * columns, GROUP, DIES)
-    return program % columns, program // columns
+    column = tl.program_id(0)
+    row = tl.program_id(1)
+    if DIES > 1 and GROUP > 1:
+        columns = tl.num_programs(0)
+        program = die_order(row * columns + column, tl.num_programs(1) * columns, GROUP, DIES)
+        column = program % columns
+        row = program // columns
+    return column, row
 
 
 @triton.jit

@@ -36,9 +36,9 @@ def order(programs: int, group: int, count: int) -> list[int]:
     return out[:programs].tolist()
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 16, 50])
+@pytest.mark.parametrize("group", [1, 2, 3, 16])
 def test_the_order_is_a_permutation_of_any_grid(group):
-    for programs in [*range(1, 70), 127, 128, 129, 304, 1000, 1024]:
+    for programs in [*range(1, 50), 127, 128, 129, 304, 1000]:
         found = order(programs, group, 8)
         assert sorted(found) == list(range(programs)), programs
         # Program i runs on die i % 8. Whole groups of the permuted order stay on one die.
