@@ -7,6 +7,7 @@ they have in the whole decoder.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,28 +20,29 @@ from pretrain.model.sublayer import Carry, ContextualFFN
 
 
 class Stage(Decoder):
-    """Layers [layers.start, layers.stop) of `whole`, whose modules it shares, under the same names.
+    """Stage `index` of those into which `stages` cuts the layers of `whole`, whose modules it shares, under the same names.
 
     The first stage has the embedding; the last one the final norm, the head and the multi-token layer, and, where one of these
     reads the embedding, a copy of it that starts with the same values: see `shared`.
     """
 
-    def __init__(self, whole: Decoder, layers: range):
+    def __init__(self, whole: Decoder, stages: Sequence[range], index: int):
         nn.Module.__init__(self)
         own = set(vars(self))
         for name, value in vars(whole).items():
             if name not in own:  # all that is neither a module nor a parameter, such as the config
                 setattr(self, name, value)
         self.training = whole.training
-        self.first, self.last = layers.start == 0, layers.stop == len(whole.blocks)
+        self.first, self.last, layers = index == 0, index == len(stages) - 1, stages[index]
         for name, module in whole.named_children():
             at_the_end = name in ("norm", "head", "multi_token")
             self.register_module(name, module if (self.last if at_the_end else self.first) else None)
         for name, parameter in whole.named_parameters(recurse=False):  # of the embedding
             self.register_parameter(name, parameter if self.first else None)
         # Absent layers leave gaps, so that the others keep their numbers.
-        blocks: Any = [block if index in layers else None for index, block in enumerate(whole.blocks)]
+        blocks: Any = [block if number in layers else None for number, block in enumerate(whole.blocks)]
         self.blocks = nn.ModuleList(blocks)
+        self._dtype = torch.promote_types(whole.embedding.weight.dtype, torch.float32)  # as embed makes the stream
         self._doubled = (self.first or self.last) and (whole.head is None or whole.multi_token is not None)
         if self.last and not self.first and self._doubled:
             self.embedding = copy.deepcopy(whole.embedding)
@@ -68,20 +70,17 @@ class Stage(Decoder):
 
     def incoming(self, length: int) -> tuple[Tensor, ...]:
         """Tensors without storage that look like `received`. length: tokens of the stream on this rank."""
-        return () if self.first else self._received.examples(length, self._dtype())
+        return () if self.first else self._received.examples(length, self._dtype)
 
     def outgoing(self, length: int) -> tuple[Tensor, ...]:
         """Tensors without storage that look like what forward returns."""
         if self.last:
-            return (torch.empty((), dtype=self._dtype(), device="meta", requires_grad=True),)
-        return self._sent.examples(length, self._dtype())
+            return (torch.empty((), dtype=self._dtype, device="meta", requires_grad=True),)
+        return self._sent.examples(length, self._dtype)
 
-    def shared(self) -> list[nn.Parameter]:
-        """Parameters of which the first and the last stage hold a copy each: their gradients belong together."""
-        return [self.embedding.weight] if self._doubled else []
-
-    def _dtype(self) -> torch.dtype:
-        return torch.promote_types(next(self.parameters()).dtype, torch.float32)  # as embed makes the stream
+    def shared(self) -> dict[str, nn.Parameter]:
+        """Parameters of which the first and the last stage hold a copy each, by name: their gradients belong together."""
+        return {"embedding.weight": self.embedding.weight} if self._doubled else {}
 
     def splits(self) -> dict[str, Split]:
         here = dict(self.named_parameters())
