@@ -16,6 +16,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from pydantic import Field
 
@@ -38,6 +39,9 @@ class MeshConfig(Strict):
     """Copies of the sharded parameters (HSDP): the dp ranks are replicate groups, each of which shards among its own."""
     cp: int = Field(1, ge=1)
     """Context-parallel ranks: each holds a part of every sequence."""
+    context: Literal["gather", "ring"] = "gather"
+    """How attention reaches keys on other cp ranks. gather: each rank gathers all of them, for the fused kernels. ring: they
+    travel from rank to rank, so that a rank never holds more than two ranks' share; slower."""
     tp: int = Field(1, ge=1)
     """Tensor-parallel ranks: each holds a part of every matrix, and of the residual stream between sublayers."""
     ep: int = Field(1, ge=1)

@@ -97,6 +97,12 @@ class Sublayer(nn.Module):
 
 
 class Mixer(Sublayer):
+    @property
+    def reach(self) -> int:
+        """How many tokens back its convolutions look. A part of a sequence that has fewer cannot tell the next part enough."""
+        conv = getattr(self, "conv", None)
+        return 0 if conv is None else conv.shape[1] - 1
+
     moves_along_sequence = True
 
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:

@@ -82,6 +82,10 @@ class CCA(Mixer):
         self.out = nn.Linear(q_width, width, bias=False)
         self.reset_parameters()
 
+    @property
+    def reach(self) -> int:
+        return max(*self.taps, 2) - 1  # values look one token back
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         # What torch's Conv1d draws for these kernels.
