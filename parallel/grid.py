@@ -32,7 +32,14 @@ class MeshConfig(Strict):
     """Sizes of the mesh axes: pp x dp x cp x tp is the number of ranks. ep lies across the ranks of a pipeline stage."""
 
     pp: int = Field(1, ge=1)
-    """Pipeline stages: each holds a share of the layers."""
+    """Pipeline ranks: each holds a share of the layers."""
+    pp_schedule: Literal["1f1b", "interleaved", "zbv"] = "1f1b"
+    """Order of the micro-batches. 1f1b: one stage a rank. interleaved: several, for a smaller bubble and more messages. zbv: two,
+    and weight gradients fill the bubble (zero bubble), for more memory."""
+    pp_virtual: int | None = Field(None, ge=1)
+    """Stages a rank holds; left out: 1 for 1f1b, 2 for the others."""
+    pp_layers: list[int] | None = None
+    """Layers of each stage, in the model's order; left out, stages are cut so that the dearest is as cheap as it can be."""
     dp: int | None = Field(None, ge=1)
     """Data-parallel ranks; all ranks that the other axes leave when left out."""
     replicate: int = Field(1, ge=1)
