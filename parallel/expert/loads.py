@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def share_loads(model: nn.Module, mesh: Mesh) -> None:
     then the loss of one rank with all the tokens, and so is its gradient.
     """
     total = stage_sum(mesh)
+    module: Any
     for module in model.modules():
         if hasattr(module, "reduce_load"):
             module.reduce_load = total

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.context import apply_context, shard
 from parallel.expert import apply_experts, share_loads, transport
 from parallel.gradients import GradientRule
 from parallel.layout import cuts
@@ -92,6 +93,7 @@ def trained(
     model = build(ffn)
     apply_tensor(model, mesh)
     apply_experts(model, mesh)
+    apply_context(model, mesh)
     if fault != "local loads":
         share_loads(model, mesh)
     apply_recompute(model.blocks, "full" if recompute else "none")
@@ -104,7 +106,7 @@ def trained(
     losses, records = [], []
     for step in range(steps):
         tokens = torch.randint(0, 32, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))[own]
-        loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        loss = model(**_batch(tokens, mesh))
         (loss / (ROWS * LENGTH)).backward()
         for name, parameter in model.named_parameters():  # what the engine does
             over = mesh.group("dp_cp")
@@ -133,6 +135,17 @@ def trained(
         if name.endswith((".bias", ".threshold", ".bias_mean", ".load"))
     }
     return Trained(parameters, first, biases, losses, records)
+
+
+def _batch(tokens: Tensor, mesh: Mesh) -> dict[str, Tensor]:
+    """The decoder's arguments for rows tokens [B, T + 1]: with cp, packed in one row that is cut."""
+    given = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    cp = mesh.size("cp")
+    if cp == 1:
+        return given
+    borders = torch.arange(0, tokens.shape[0] * LENGTH + 1, LENGTH, dtype=torch.int32)
+    cut = {name: shard(rows.reshape(1, -1), cp, mesh.rank("cp")) for name, rows in given.items()}
+    return cut | {"cu_seqlens": borders}
 
 
 def _shared_out(table: Any) -> bool:

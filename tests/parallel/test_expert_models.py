@@ -70,6 +70,9 @@ def test_one_rank_has_something_to_compare() -> None:
         ("top3", 4, {"tp": 2, "ep": 2, "expert_tensor": True}),
         ("zaya2", 4, {"tp": 2, "ep": 2, "expert_tensor": True}),
         ("union", 2, {"tp": 2}),
+        ("top2", 2, {"cp": 2, "ep": 2}),
+        ("union", 2, {"cp": 2, "ep": 2}),
+        ("zaya2", 4, {"cp": 2, "tp": 2, "ep": 4}),
     ],
 )
 def test_two_steps_are_those_of_one_rank(ffn: str, world: int, sizes: dict[str, Any]) -> None:
