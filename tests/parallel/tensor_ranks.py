@@ -55,7 +55,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
             }
         },
     },
-    "KAT, own numerators": {"mixers": {"a": ATTENTION}, "ffns": {"f": {"kind": "kat", "hidden": 32, "groups": 4, "shared_numerator": False}}},
+    "KAT, own numerators": {
+        "mixers": {"a": ATTENTION},
+        "ffns": {"f": {"kind": "kat", "hidden": 32, "groups": 4, "shared_numerator": False}},
+    },
     "untied": {"mixers": {"a": ATTENTION}, "tie_embeddings": False},
 }  # fmt: skip
 NAMES = [*FAMILIES, *VARIANTS]

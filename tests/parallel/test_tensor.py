@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.tensor import check_tensor, units
-from tests.parallel.tensor_ranks import NAMES, assemble, model_of, run_split, run_whole
-from tests.pretrain.families import build
+from tests.parallel.tensor_ranks import NAMES, assemble, run_split, run_whole
 from tests.ranks import run_ranks
 
 PRELOAD = ("tests.parallel.tensor_ranks",)

@@ -72,9 +72,9 @@ class Rational(nn.Module):
     @torch.no_grad()
     def second_moment(self) -> float:
         """E[phi(x)^2] for x ~ N(0, 1) and the initial coefficients."""
-        x = torch.linspace(-10.0, 10.0, 4001, dtype=torch.float64)
+        x = torch.linspace(-10.0, 10.0, 4001, dtype=torch.float64, device="cpu")
         density = (x.square() / -2).exp() / math.sqrt(2 * math.pi)
-        start = (torch.tensor([part], dtype=torch.float64) for part in _STARTS[self.start])
+        start = (torch.tensor([part], dtype=torch.float64, device="cpu") for part in _STARTS[self.start])
         return torch.trapezoid(rational(x[:, None], *start)[:, 0].square() * density, x).item()
 
 
