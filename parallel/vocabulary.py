@@ -138,11 +138,10 @@ class _Loss(torch.autograd.Function):
             total += losses.masked_fill(~kept, 0.0).unflatten(0, (ranks, -1))[rank].sum()
             if not learn:
                 continue
-            slope = (1 + 2 * z_loss * lse) * kept
-            p.mul_((slope / sums)[:, None])
+            p.mul_(((1 + 2 * z_loss * lse) * kept / sums)[:, None])
             if smooth:
-                p.sub_((kept * (smooth / vocabulary))[:, None])
-            p.scatter_add_(1, own, ((smooth - 1) * here)[:, None].to(wide))
+                p.sub_((kept.to(wide) * (smooth / vocabulary))[:, None])
+            p.scatter_add_(1, own, (here.to(wide) * (smooth - 1))[:, None])
             dz = p.to(x.dtype)
             if dx is not None:
                 dx[a : a + step] = scattered(dz @ low, 0, group)
