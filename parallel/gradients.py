@@ -132,6 +132,17 @@ class GradientRule:
         self.checked = True
 
 
+def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """What an engine does that shards nothing: sums gradients over dp x cp, those of experts that are spread over ranks apart."""
+    table = cuts(model)
+    gradients = [
+        parameter.grad
+        for name, parameter in named_parameters(model)
+        if parameter.grad is not None and not any(cut.axis == "ep" for cut in table.get(name, ()))
+    ]
+    _sum_in_buckets(gradients, mesh.group("dp_cp"))
+
+
 def _shards(parameter: nn.Parameter) -> int:
     """Into how many parts the engine has cut a parameter."""
     if not isinstance(parameter, DTensor):

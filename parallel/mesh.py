@@ -28,6 +28,7 @@ class Mesh:
         Raises ValueError, before any group forms, for sizes that do not fit the number of processes.
         """
         self.grid = config.grid(processes.world)
+        self.context = config.context
         self.processes = processes
         # All groups are formed here and in one order: a rank that asked for one later, or alone, would leave the others
         # waiting. Axes with the same ranks share a group, and the group of all ranks is the one that exists.
@@ -47,6 +48,14 @@ class Mesh:
     @property
     def dp_size(self) -> int:
         return self.size("dp")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank counts its batch where tokens are summed over all ranks: cp, tp and pp ranks have the same one.
+
+        Losses need no such care: each rank has its share of them.
+        """
+        return self.rank("cp") == self.rank("tp") == self.rank("pp") == 0
 
     def size(self, axis: str) -> int:
         """Ranks in each group of the axis."""

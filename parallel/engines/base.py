@@ -3,19 +3,63 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+
+class MicroBatch(Protocol):
+    """One packed row: tokens and targets int64 [1, T] (-100: no target), cu_seqlens int32 [N + 1]."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...
 
 
 class Engine(ABC):
     """Owns the model and the optimizer of this rank.
 
-    One step of the loop: for each micro-batch `loss = engine(...)`, `engine.backward(loss, last=...)`, then `engine.step(lr)`.
+    One step of the loop: `engine.forward_backward(batches, targets)`, then `engine.step(lr)`.
     """
 
     model: nn.Module
     """The bare model: named parameters, routers, caches. Call the engine, not this, to compute."""
+
+    cut: Callable[[Any], Any] = staticmethod(lambda batch: batch)
+    """A micro-batch -> this rank's part of it, where a row is spread over ranks (context parallelism)."""
+
+    def forward_backward(
+        self,
+        batches: Sequence[MicroBatch],
+        denominator: float,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Tensor:
+        """Adds the gradients of the summed losses of a step's micro-batches, divided by `denominator`.
+
+        context: entered around every forward pass (autocast). Returns this rank's share of that sum, fp64.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+        for index, whole in enumerate(batches):
+            batch = self.cut(whole)
+            with context():
+                loss = self(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens) / denominator
+            self.backward(loss, last=index == len(batches) - 1)
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """This rank's share of the summed loss of one micro-batch, fp32 or fp64."""
+        batch = self.cut(batch)
+        return self(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens)
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,19 +1,29 @@
-"""The torch engine: a plain module on one rank, FSDP2 (fully sharded parameters, gradients and optimizer state) on more."""
+"""The torch engine: a plain module on one rank; on more, FSDP2 (fully sharded parameters, gradients and optimizer state), perhaps in
+groups that are replicas of each other (HSDP), or replicas alone (plain data parallelism)."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parallel.config import Strict
+from parallel.context import cut_batch
 from parallel.engines.base import Engine
+from parallel.gradients import GradientRule, sum_gradients
+from parallel.layout import cuts
 from parallel.mesh import Mesh
-from parallel.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
+from parallel.state import (
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    named_parameters,
+    optimizer_tensors,
+)
 
 
 class TorchConfig(Strict):
@@ -29,6 +39,8 @@ class TorchConfig(Strict):
 
 
 class TorchEngine(Engine):
+    """The model has been cut over tensor, expert and context ranks before (parallel/tensor.py, expert/, context/)."""
+
     def __init__(
         self,
         config: TorchConfig,
@@ -38,14 +50,30 @@ class TorchEngine(Engine):
         mesh: Mesh,
         clip: float | None,
     ):
-        self.model, self.clip, self.ranks = model, clip, mesh.dp_size
+        self.model, self.clip, self.mesh = model, clip, mesh
         self.reduce_each = config.reduce_each_micro_batch
-        if mesh.dp is not None:
-            for block in blocks:
-                fully_shard(block, mesh=mesh.dp, reshard_after_forward=config.reshard_after_forward)
-            fully_shard(model, mesh=mesh.dp, reshard_after_forward=False)  # the root is needed again at once
+        self.cut = partial(cut_batch, mesh=mesh)
+        if mesh.size("shard_cp") > 1:
+            self._shard(blocks, config.reshard_after_forward)
         self.optimizer: Optimizer = optimizer(model)
-        self.parameters = list(model.parameters())
+        self.rule = GradientRule(model, mesh)
+
+    def _shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
+        axes = [axis for axis in ("replicate", "shard_cp") if self.mesh.size(axis) > 1]
+        # Experts that are spread over ranks belong to fewer ranks than these: they stay as they are, and the gradient rule adds
+        # them up over their own.
+        spread = {name for name, each in cuts(self.model).items() if any(cut.axis == "ep" for cut in each)}
+        apart = {parameter for name, parameter in named_parameters(self.model) if name in spread}
+        options: dict[str, Any] = {"mesh": self.mesh.device_mesh(*axes), "ignored_params": apart}
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+        fully_shard(self.model, reshard_after_forward=False, **options)  # the root is needed again at once
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # gradients are sums over ranks, not means
+                module.set_force_sum_reduction_for_comms(
+                    True
+                )  # and no scaling inside the collective, which gloo has not
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -53,18 +81,19 @@ class TorchEngine(Engine):
     def backward(self, loss: Tensor, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last or self.reduce_each)
-            loss = loss * self.ranks  # FSDP2 averages over ranks; the interface promises a sum
         loss.backward()
 
     def step(self, lr: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip if self.clip is not None else math.inf)
-        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if math.isfinite(value):
+        if not isinstance(self.model, FSDPModule):
+            sum_gradients(self.model, self.mesh)
+        self.rule.reduce()
+        norm = self.rule.clip(self.clip)
+        if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value
+        return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}

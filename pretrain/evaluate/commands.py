@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from parallel.processes import Processes
 from pretrain.data.batch import Batch
 from pretrain.evaluate import mqar, needle, report, sources
-from pretrain.evaluate.perplexity import score
+from pretrain.evaluate.perplexity import loss_of, score
 from pretrain.evaluate.subject import Subject
 from pretrain.evaluate.tasks import HARNESS
 from pretrain.evaluate.windows import batches, cost
@@ -108,7 +108,7 @@ def perplexity(session: Session) -> list[dict[str, Any]]:
             rows = batches(source.documents(arguments.limit), subject.context, stride, subject.batch)
             # The byte table is as long as the tokenizer's vocabulary, so a target beyond it is found here.
             found = score(
-                subject.model,
+                loss_of(subject.model),
                 subject.model,
                 _watched(rows, advance, vocabulary, source.name),
                 _table(subject),

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from parallel.config import Strict
 
@@ -26,7 +27,11 @@ class AdamWConfig(Strict):
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         decayed, others = split_by_decay(model)
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": alike, "weight_decay": decay}
+            for parameters, decay in ((decayed, self.weight_decay), (others, 0.0))
+            for alike in _by_type(parameters)
+        ]
         # foreach: one kernel launch for many tensors, and the same arithmetic on every engine.
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=True)
 
@@ -39,3 +44,10 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
         matrix = parameter.ndim >= 2 and not name.endswith(NEVER_DECAYED)
         (decayed if matrix else others).append(parameter)
     return decayed, others
+
+
+def _by_type(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Sharded and plain parameters apart: no operation takes both in one list."""
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    return [alike for alike in (sharded, plain) if alike]

@@ -13,7 +13,6 @@ import torch
 from parallel import engines
 from parallel.mesh import Mesh
 from parallel.processes import Processes
-from parallel.recompute import apply_compile, apply_recompute
 from parallel.state import model_tensors
 from pretrain import config as configuration
 from pretrain.checkpoint.agreement import Agreement
@@ -26,6 +25,7 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.data.loader import Loader
 from pretrain.data.store import Corpus
 from pretrain.model.decoder import Decoder
+from pretrain.train import layout
 from pretrain.train.callback import Run
 from pretrain.train.save import FOLDER, restore
 
@@ -76,9 +76,7 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
         lines = or_usage(lambda: start_from(initial, model, agreement))
         if job.first:
             print("\n".join(lines), flush=True)
-    apply_recompute(model.blocks, config.train.recompute)
-    if config.train.compile:
-        apply_compile(model.blocks)
+    or_usage(lambda: layout.apply(model, config, mesh))
     engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
     run = Run(config, job, engine, model)
     checkpoints.sweep()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,8 @@ from pretrain.data.batch import Batch
 from pretrain.estimate import flops, hardware
 from pretrain.exit import FINISHED, NUMERICAL, PREEMPTED, Exit
 from pretrain.model.decoder import Decoder
+from pretrain.model.files import count, empty
+from pretrain.train import layout
 from pretrain.train.balance import Balance
 from pretrain.train.build import Assembled, assemble, or_usage
 from pretrain.train.callback import Callback, Run
@@ -33,6 +36,7 @@ from pretrain.train.validation import Validation
 def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
     """Trains, or goes on training, and returns the exit code. `extra` callbacks run before the built-in ones."""
     with Signals() as signals:
+        layout.check(config, int(os.environ.get("WORLD_SIZE", 1)))  # before anybody waits for anybody
         job = or_usage(lambda: processes.join(config.train.device, group_for_one=config.engine.kind == "deepspeed"))
         try:
             agreement = Agreement()
@@ -60,13 +64,15 @@ class Loop:
         # The order matters: balancing completes the record; saving comes last, so that a saved step lacks nothing.
         self.callbacks: list[Callback] = [
             *extra,
-            Balance(),
+            Balance(parts.mesh),
             Metrics(config.log.tensorboard),
             self.progress,
-            Validation(parts.validation, self.progress),
+            Validation(parts.validation, self.progress, parts.mesh),
             Save(parts.checkpoints, parts.loader, self.progress),
             LossCurve(),
         ]
+        self.whole = empty(config.model)  # for counting: this rank may hold a part of the model only
+        self.sharers = parts.mesh.grid.world // parts.mesh.dp_size  # ranks that compute one batch together
         self.bad_steps = 0
         self.memory = psutil.Process()
 
@@ -82,12 +88,14 @@ class Loop:
         start = time.perf_counter()
         batches = self.parts.loader.batches(run.step)
         lr = config.optimizer.lr * config.schedule.factor(run.step, config.train.steps)
-        result = train_step(run.engine, batches, lr, run.processes, config.train.precision, self.flag())
+        result = train_step(
+            run.engine, batches, lr, run.processes, config.train.precision, self.flag(), self.parts.mesh
+        )
         run.step += 1
         tokens = config.train.batch * config.data.sequence_length
         run.tokens += tokens
         seconds = time.perf_counter() - start
-        speed = _flops(run.model, batches) / seconds
+        speed = _flops(self.whole, batches) / self.sharers / seconds
         run.record = {
             "step": run.step,
             "tokens": run.tokens,
@@ -134,13 +142,15 @@ class Loop:
 
 
 def _announce(run: Run, parts: Assembled, progress: Progress) -> None:
-    config, model = run.config, run.model
-    total = sum(parameter.numel() for parameter in model.parameters())
+    config = run.config
+    total, active = count(empty(config.model))
     progress.say(
-        f"{config.run}: {human(total)} parameters, {human(model.active_parameters())} active; {parts.mesh.picture()}; "
+        f"{config.run}: {human(total)} parameters, {human(active)} active; {parts.mesh.picture()}; "
         f"{config.engine.kind} engine, {config.train.precision}; "
         f"{human(config.train.batch * config.data.sequence_length)} tokens a step"
     )
+    if parts.mesh.grid.world > parts.mesh.dp_size:
+        progress.say(parts.mesh.draw())
     progress.say(f"resumed after step {run.step}" if parts.resumed else "starting from scratch")
 
 

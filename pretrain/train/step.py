@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from parallel.engines import Engine
+from parallel.mesh import Mesh
 from parallel.processes import Processes
 from pretrain.data.loader import Batch
 
@@ -21,21 +23,29 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, batches: list[Batch], lr: float, processes: Processes, precision: str, flag: bool = False
+    engine: Engine,
+    batches: list[Batch],
+    lr: float,
+    processes: Processes,
+    precision: str,
+    flag: bool = False,
+    mesh: Mesh | None = None,
 ) -> StepResult:
     """Every target of the global batch weighs the same, however targets are spread over ranks and micro-batches.
 
     flag: something this rank wants all ranks to know after the step (a signal); it rides on the loss's reduction.
     """
     device = processes.device
-    (targets,) = processes.sum([sum(batch.scored for batch in batches)])
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for index, batch in enumerate(batches):
-        batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = engine(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens) / max(1.0, targets)
-        engine.backward(loss, last=index == len(batches) - 1)
-        total += loss.detach()
+    counts = mesh is None or mesh.counts_tokens
+    (targets,) = processes.sum([sum(batch.scored for batch in batches) if counts else 0])
+    share = engine.forward_backward(
+        [batch.to(device) for batch in batches], max(1.0, targets), partial(autocast, device, precision)
+    )
     grad_norm = engine.step(lr)
-    mean, flags = processes.sum([total.item(), float(flag)])
+    mean, flags = processes.sum([share.item(), float(flag)])
     return StepResult(mean, grad_norm, flags > 0)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass: "bf16" matrix products, or all in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

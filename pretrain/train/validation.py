@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from parallel.mesh import Mesh
 from pretrain.data.store import Corpus
 from pretrain.data.validation import ValidationSet
 from pretrain.evaluate.perplexity import score
@@ -17,8 +18,8 @@ FILE = "validation.jsonl"
 
 
 class Validation(Callback):
-    def __init__(self, corpus: Corpus, progress: Progress):
-        self.corpus, self.progress = corpus, progress
+    def __init__(self, corpus: Corpus, progress: Progress, mesh: Mesh):
+        self.corpus, self.progress, self.mesh = corpus, progress, mesh
 
     def on_start(self, run: Run) -> None:
         if run.processes.first:
@@ -41,11 +42,19 @@ class Validation(Callback):
             self.corpus,
             sequence_length=config.data.sequence_length,
             micro_batch=config.train.micro_batch,
-            rank=processes.rank,
-            ranks=processes.world,
+            rank=self.mesh.dp_rank,
+            ranks=self.mesh.dp_size,
             limit=sequences,
         )
-        result = score(run.engine, run.model, batches, self.corpus.token_bytes, processes, config.train.precision)
+        result = score(
+            run.engine.evaluate,
+            run.model,
+            batches,
+            self.corpus.token_bytes,
+            processes,
+            config.train.precision,
+            self.mesh,
+        )
         record: dict[str, Any] = {"step": run.step, "tokens": run.tokens, **result}
         scope = "whole validation split" if sequences is None else f"{sequences} validation sequences"
         bits = "" if math.isnan(result["bits_per_byte"]) else f"  {result['bits_per_byte']:.3f} bits per byte"

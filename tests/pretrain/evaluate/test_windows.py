@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.processes import Processes
-from pretrain.evaluate.perplexity import score
+from pretrain.evaluate.perplexity import loss_of, score
 from pretrain.evaluate.windows import batches, cost, windows
 from tests.pretrain.small import decoder, tokens
 
@@ -73,7 +73,7 @@ def test_the_loss_is_the_direct_computation(context: int, stride: int) -> None:
             nats -= float(row[ids[target]])
             count += 1
             size += int(byte_table[ids[target]])
-    found = score(model, model, batches(documents, context, stride, rows=4), byte_table, ALONE, "fp32")
+    found = score(loss_of(model), model, batches(documents, context, stride, rows=4), byte_table, ALONE, "fp32")
     assert found["scored_tokens"] == count == 52
     assert found["scored_bytes"] == size
     assert found["validation_loss"] == pytest.approx(nats / count, rel=1e-6)
@@ -83,7 +83,7 @@ def test_the_loss_is_the_direct_computation(context: int, stride: int) -> None:
 def test_a_uniform_model_by_hand() -> None:
     """64 tokens, all as likely: 6 bits a token; with 2 bytes a token, 3 bits per byte."""
     model = decoder(init_std=1e-12)
-    found = score(model, model, batches([tokens(50).numpy()], 16, 8, 2), torch.full((64,), 2), ALONE, "fp32")
+    found = score(loss_of(model), model, batches([tokens(50).numpy()], 16, 8, 2), torch.full((64,), 2), ALONE, "fp32")
     assert found["validation_loss"] == pytest.approx(math.log(64), rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(3.0, rel=1e-6)
     assert (found["scored_tokens"], found["scored_bytes"]) == (49, 98)

@@ -23,6 +23,14 @@ LAYOUTS = {
     "zero2 on one rank": (1, ("engine.kind=deepspeed",)),
     "fsdp2 recomputing": (2, ("train.recompute=full",)),
     "zero2 recomputing some": (2, ("engine.kind=deepspeed", "train.recompute=selective")),
+    "replicas": (2, ("mesh.replicate=2",)),
+    "hybrid sharding": (4, ("mesh.replicate=2",)),
+    "tensor": (2, ("mesh.tp=2",)),
+    "experts": (2, ("mesh.ep=2",)),
+    "context": (2, ("mesh.cp=2",)),
+    "tensor x context": (4, ("mesh.tp=2", "mesh.cp=2")),
+    "tensor x experts x data": (4, ("mesh.tp=2", "mesh.ep=4")),
+    "context x data, experts": (4, ("mesh.cp=2", "mesh.ep=2")),
     "larger micro-batch": (1, ("train.micro_batch=4",)),
 }
 STEPS = "train.steps=4"
