@@ -114,14 +114,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError, one line a fault: the field, its value, what is allowed, and the nearest valid key.
     """
     raw = read_yaml(path)
+    # A model file may be named in the run file or on the command line; other overrides then change what it says.
+    named = [override for override in overrides if override.startswith("model=")]
     try:
-        raw["model"] = model_section(raw.get("model"), Path(path))
+        raw["model"] = model_section(named[-1].partition("=")[2] if named else raw.get("model"), Path(path))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if raw["model"] is None:
         del raw["model"]
     for override in overrides:
-        _apply(raw, override)
+        if override not in named:
+            _apply(raw, override)
     raw = with_default_kinds(raw)
     try:
         return RunConfig.model_validate(raw)

@@ -151,7 +151,8 @@ def _announce(run: Run, parts: Assembled, progress: Progress) -> None:
     )
     if parts.mesh.grid.world > parts.mesh.dp_size:
         progress.say(parts.mesh.draw())
-    progress.say(f"resumed after step {run.step}" if parts.resumed else "starting from scratch")
+    start = f"starting from {config.train.initial}" if config.train.initial else "starting from scratch"
+    progress.say(f"resumed after step {run.step}" if parts.resumed else start)
 
 
 def _peaks(run: Run) -> tuple[float | None, float]:
