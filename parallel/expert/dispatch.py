@@ -11,7 +11,6 @@ tokens, so the experts weigh their hidden activations as on one rank and the sco
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -26,12 +25,16 @@ from parallel.expert.travel import Trip, back, combined, copies
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
 class Pending:
     """A dispatch whose tokens are on their way."""
 
-    finish: Callable[[], Tensor]
-    """Waits, computes the experts, and brings the results home: y [N, D]. Call it once."""
+    def __init__(self, complete: Callable[[], Tensor]):
+        self._complete = complete
+
+    @torch.compiler.disable  # messages under way are nothing to put into a graph
+    def finish(self) -> Tensor:
+        """Waits, computes the experts, and brings the results home: y [N, D]. Call it once."""
+        return self._complete()
 
 
 class AllToAllExperts:
@@ -73,12 +76,12 @@ class AllToAllExperts:
         transport = Exchange(self.group, send, receive)
         trip = Trip(transport, copies(tokens, order, position), scores.reshape(-1).index_select(0, order))
 
-        def finish() -> Tensor:
+        def complete() -> Tensor:
             rows, weights = trip.arrive()
             out = self.inner(rows, gate_up, down, expert, weights[:, None])
             return combined(back(transport, out), order, position)
 
-        return Pending(finish)
+        return Pending(complete)
 
 
 class ExpertTensor:
@@ -95,13 +98,14 @@ class ExpertTensor:
     def __call__(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         return self.start(tokens, gate_up, down, indices, scores).finish()
 
+    @torch.compiler.disable
     def start(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Pending:
         transport = Gathering(self.group, announce(tokens.shape[0], self.group, tokens.device), self.rank)
         chosen = transport.there(indices)
         trip = Trip(transport, tokens, scores)
 
-        def finish() -> Tensor:
+        def complete() -> Tensor:
             every, weights = trip.arrive()
             return back(transport, self.inner(every, gate_up, down, chosen(), weights))
 
-        return Pending(finish)
+        return Pending(complete)

@@ -21,7 +21,7 @@ from parallel.share import Share
 from parallel.tensor import apply_tensor
 from pretrain.model.decoder import Decoder, DecoderConfig
 from pretrain.model.ffns.zaya_moe import ZayaMoEConfig
-from pretrain.model.router import Balanced
+from pretrain.model.router import Balanced, Router
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Carry
 from pretrain.train.balance import Balance
@@ -256,3 +256,14 @@ def zaya_slices(rank: int, world: int, x: Tensor, upstream: Tensor) -> list[Tens
     gamma: Any = layers[1].router.gamma
     assert own.grad is not None
     return [y.detach(), state.detach(), own.grad, gamma.grad]
+
+
+def balanced_stages(rank: int, world: int, with_routers: tuple[int, ...]) -> tuple[dict[str, Any], list[float]]:
+    """(record, bias) after balancing where each pipeline stage has a router of its own, or none."""
+    job = Processes(rank, world, rank, torch.device("cpu"))
+    router = Router(4, 2, 1, "sigmoid", 1.0, 0.5)
+    router.load += torch.tensor([3, 1]) if rank == 0 else torch.tensor([0, 4])
+    routers = {f"blocks.{rank}": router} if rank in with_routers else {}
+    run = SimpleNamespace(model=SimpleNamespace(routers=lambda: routers), processes=job, record={"grad_norm": 1.0})
+    Balance(Mesh(MeshConfig(pp=world), job)).on_step(cast(Run, run))
+    return run.record, router.bias.tolist()

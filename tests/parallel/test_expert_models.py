@@ -150,3 +150,11 @@ def test_what_has_no_experts_to_share_out_says_so() -> None:
         check_experts(dense, 2)
     with pytest.raises(ValueError, match=r"choose activation=swiglu and bias=false, or mesh.ep=1"):
         check_experts(gelu, 2)
+
+
+def test_stages_balance_their_own_layers_and_record_all() -> None:
+    (first, bias), (second, other) = run_ranks(expert_models.balanced_stages, 2, (0, 1), preload=MODEL)
+    assert first == second and first["load_entropy"] == {"blocks.0": pytest.approx(0.8113), "blocks.1": 0.0}
+    assert bias == [-0.5, 0.5] and other == [0.5, -0.5]
+    for record, _ in run_ranks(expert_models.balanced_stages, 2, (1,), preload=MODEL):
+        assert record["load_entropy"] == {"blocks.1": 0.0}
