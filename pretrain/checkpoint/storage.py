@@ -77,8 +77,9 @@ class _RecordingFiles(FileSystem):
 def write(folder: Path, tensors: Mapping[str, Tensor], agreement: Agreement | None = None) -> dict[str, int]:
     """Write named tensors to `folder`, which exists and is empty. Collective over `agreement`.
 
-    tensors: plain tensors or DTensors, on any device. A name that several ranks hold is one tensor: shards of it if
-    they are DTensors, equal copies if they are plain. A name may also live on one rank only. Returns on the
+    tensors: plain tensors, DTensors or Shares (parallel/share.py), on any device. A name that several ranks hold is one
+    tensor: parts of it if they are DTensors or Shares, equal copies if they are plain. A name may also live on one rank
+    only. Each part is written once, under its place in the whole tensor. Returns on the
     coordinator the name and size in bytes of each file written by any rank, {} elsewhere. All are fsynced, and so is
     the folder. Raises CheckpointError on every rank if any rank failed; files may then be left behind.
     """

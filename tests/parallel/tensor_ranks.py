@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from parallel.expert.loads import share_loads
 from parallel.gradients import GradientRule
 from parallel.grid import MeshConfig
-from parallel.layout import cuts, local
+from parallel.layout import boxes, cuts, local
 from parallel.mesh import Mesh
 from parallel.processes import Processes
 from parallel.share import Share
@@ -102,12 +102,8 @@ def held(tensors: Mapping[str, Tensor]) -> Held:
     """name -> (whole shape, this rank's blocks with their offsets)."""
     found: Held = {}
     for name, tensor in tensors.items():
-        share = tensor if isinstance(tensor, Share) else None
-        blocks: Blocks = []
-        if share is None:
-            blocks = [((0,) * tensor.dim(), tensor.clone())]
-        else:
-            blocks = [(box.whole, box.of(local(share.held)).clone()) for box in share.boxes()]
+        own, each = (tensor.held, tensor.cuts) if isinstance(tensor, Share) else (tensor, ())
+        blocks = [(box.whole, box.of(local(own)).clone()) for box in boxes(own, each)]
         found[name] = (tuple(tensor.shape), blocks)
     return found
 
@@ -116,8 +112,8 @@ def assemble(ranks: list[Held]) -> dict[str, Tensor]:
     """The whole tensors. Whoever holds the same block must hold the same numbers, to the last bit."""
     whole: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
-        shape, blocks = next(rank for rank in ranks if name in rank)[name]
-        tensor = torch.zeros(shape, dtype=blocks[0][1].dtype)
+        shape = next(rank for rank in ranks if name in rank)[name][0]
+        tensor = torch.zeros(shape, dtype=next(block.dtype for rank in ranks for _, block in rank[name][1]))
         seen = torch.zeros(shape, dtype=torch.bool)
         for rank in ranks:
             for offsets, block in rank[name][1]:
@@ -138,7 +134,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def mesh_of(rank: int, world: int, **sizes: int) -> Mesh:
+def mesh_of(rank: int, world: int, **sizes: Any) -> Mesh:
     return Mesh(MeshConfig(**sizes), Processes(rank, world, rank, torch.device("cpu")))
 
 
