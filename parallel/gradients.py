@@ -125,10 +125,10 @@ class GradientRule:
         present = torch.tensor([h.parameter.grad is not None for h in self.held], device=self.mesh.processes.device)
         counts = present.int()
         dist.all_reduce(counts, group=self.mesh.group("dp_cp_tp"))
-        some = (counts > 0) & ~present
-        if some.any():
-            missing = [held.name for held, lacks in zip(self.held, some.tolist()) if lacks]
-            raise RuntimeError(f"gradients that other ranks have are missing on this one: {', '.join(missing[:5])}")
+        ranks = self.mesh.size("dp_cp_tp")
+        some = [held.name for held, count in zip(self.held, counts.tolist()) if 0 < count < ranks]
+        if some:
+            raise RuntimeError(f"only some ranks of the stage have a gradient of: {', '.join(some[:5])}")
         self.checked = True
 
 
