@@ -8,6 +8,7 @@ state) is a set of boxes of the whole one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -63,6 +64,11 @@ class Box(NamedTuple):
     whole: tuple[int, ...]
     sizes: tuple[int, ...]
     copies: int
+
+    def times(self, other: Box) -> Box:
+        """The box with the dims of both."""
+        local, whole, sizes = self.local + other.local, self.whole + other.whole, self.sizes + other.sizes
+        return Box(local, whole, sizes, self.copies * other.copies)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The block of this rank's own tensor, as a view."""
@@ -120,7 +126,7 @@ def whole_shape(tensor: Tensor, cuts: Cuts) -> tuple[int, ...]:
 def boxes(tensor: Tensor, cuts: Cuts) -> list[Box]:
     """The blocks of the whole tensor that `local(tensor)` consists of."""
     starts, sizes = _shard(tensor)
-    along: list[list[tuple[int, int, int, int]]] = []  # of each dim: (local, whole, length, copies) of its pieces
+    along: list[list[Box]] = []  # of each dim: its pieces, as boxes of one dim
     for dim, (start, size) in enumerate(zip(starts, sizes)):
         cut = next((cut for cut in cuts if cut.split.dim == dim), None)
         pieces = [(0, 0, tensor.shape[dim], 1)] if cut is None else cut.split.pieces(cut.rank, cut.ranks)
@@ -128,22 +134,16 @@ def boxes(tensor: Tensor, cuts: Cuts) -> list[Box]:
         for begin, whole, length, copies in pieces:
             low, high = max(begin, start), min(begin + length, start + size)
             if low < high:
-                held.append((low - start, whole + low - begin, high - low, copies))
+                held.append(Box((low - start,), (whole + low - begin,), (high - low,), copies))
         along.append(held)
-    found = []
-    for combination in itertools.product(*along):
-        copies = 1
-        for piece in combination:
-            copies *= piece[3]
-        found.append(Box(*(tuple(piece[i] for piece in combination) for i in range(3)), copies))  # type: ignore[arg-type]
-    return found
+    return [functools.reduce(Box.times, pieces, Box((), (), (), 1)) for pieces in itertools.product(*along)]
 
 
 def _shard(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(offsets, sizes) of this rank's shard in the tensor."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tuple(tensor.shape)
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    (chunk,) = tensor.__create_chunk_list__()
     return tuple(chunk.offsets), tuple(chunk.sizes)
 
 

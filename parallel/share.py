@@ -52,13 +52,15 @@ class Share(Tensor):
             box.of(own).copy_(box.of_whole(source))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return Share.of(args[0].held.detach(), args[0].cuts, args[0].called)
         name = next((arg.called for arg in args if isinstance(arg, Share)), "a tensor")
         raise NotImplementedError(f"{func}: this rank holds only a part of {name}; use its .held, or save and load it")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Share({self.called}: {len(self.boxes())} blocks of {list(self.shape)}, {self.dtype})"
 
     def __create_write_items__(self, name: str, share: Any) -> list[WriteItem]:

@@ -221,4 +221,4 @@ class DeltaMixer(LinearMixer):
 
     def per_value_head(self, channels: int = 1) -> Section:
         """How something with as many channels for each value head is cut."""
-        return self.head_sections()[1]._replace(length=self.value_heads * channels)
+        return self.head_sections()[1].of(self.value_heads * channels)

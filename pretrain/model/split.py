@@ -8,7 +8,7 @@ sections, each cut by itself, and a part's parameter is what it gets of each, en
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +27,8 @@ class Piece(NamedTuple):
     copies: int = 1
 
 
-class Section(NamedTuple):
+@dataclass(frozen=True)
+class Section:
     """A stretch of `length` entries that consists of `count` equal units, such as heads, which are never cut.
 
     field: the setting that fixes the count, for messages. shared: more parts than units are fine, neighbouring parts then hold
@@ -42,6 +43,10 @@ class Section(NamedTuple):
     def fits(self, ranks: int) -> bool:
         """Whether it can be cut into `ranks` parts."""
         return self.count % ranks == 0 or (self.shared and ranks % self.count == 0)
+
+    def of(self, length: int) -> Section:
+        """As many units, of another length in all."""
+        return replace(self, length=length)
 
     @classmethod
     def even(cls, length: int, field: str) -> Section:

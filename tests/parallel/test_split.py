@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_obstacles_name_the_setting_and_what_would_do() -> None:
     with pytest.raises(ValueError, match=r"heads=4 cannot be cut into 8 parts; possible here: 1, 2, 4"):
         split.pieces(0, 8)
     with pytest.raises(ValueError, match=r"kv_heads=2 cannot be cut into 4 parts; possible here: 1, 2$"):
-        Split(0, (Q, KV._replace(shared=False))).pieces(0, 4)
+        Split(0, (Q, replace(KV, shared=False))).pieces(0, 4)
 
 
 def test_every_part_adds_its_share_of_a_bias() -> None:

@@ -154,7 +154,8 @@ class Attention(Mixer):
     def shrink(self, rank: int, ranks: int) -> None:
         self.kv_copies = max(1, ranks // self.kv_heads)
         self.heads, self.kv_heads = self.heads // ranks, max(1, self.kv_heads // ranks)
-        self.sections = (self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2)
+        q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.sections = (q_width, kv_width, kv_width)
         self.out = SharedBias(self.out, ranks)
 
 

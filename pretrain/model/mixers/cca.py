@@ -141,7 +141,7 @@ class CCA(Mixer):
         """By key/value heads with all their query heads, over whose mean keys are made; values are two halves end to end."""
         q, kv = (Section(width, self.kv_heads, "kv_heads") for width in self.mixed)
         of_channels = {name: Split(0, (q, kv)) for name in ("depthwise", "depthwise_bias", "grouped_bias")}
-        all_heads = (q._replace(length=self.heads), kv._replace(length=self.kv_heads))
+        all_heads = (q.of(self.heads), kv.of(self.kv_heads))
         of_heads = {"grouped": Split(0, all_heads), "temperature": Split(0, all_heads[1:])}
         return rows(self.qkv, "qkv", q, kv, kv) | columns("out", q) | of_channels | of_heads
 

@@ -142,7 +142,7 @@ class Mamba2(Mixer):
 
     def splits(self) -> dict[str, Split]:
         head = Section(self.heads, self.heads, "heads (expand * width / head_dim)")
-        inner = head._replace(length=self.inner)
+        inner = head.of(self.inner)
         shared = Section(self.sections[1], self.groups, "groups", shared=self.groups < self.heads)
         mixed = (inner, shared, shared)
         splits = rows(self.in_proj, "in_proj", inner, *mixed, head) | columns("out", inner)
@@ -152,5 +152,6 @@ class Mamba2(Mixer):
     def shrink(self, rank: int, ranks: int) -> None:
         self.first_group = rank * self.groups // ranks
         self.heads, self.inner, self.groups = self.heads // ranks, self.inner // ranks, max(1, self.groups // ranks)
-        self.sections = (self.inner, *[self.groups * self.state_dim] * 2)
+        shared = self.groups * self.state_dim
+        self.sections = (self.inner, shared, shared)
         self.out = SharedBias(self.out, ranks)
