@@ -1,5 +1,5 @@
-"""The torch engine: a plain module on one rank; on more, FSDP2 (fully sharded parameters, gradients and optimizer state), perhaps in
-groups that are replicas of each other (HSDP), or replicas alone (plain data parallelism)."""
+"""The torch engine: a plain module on one rank; on more, FSDP2 (parameters, gradients and optimizer state fully sharded), perhaps
+in groups that are replicas of each other (HSDP), or replicas alone (plain data parallelism)."""
 
 from __future__ import annotations
 
@@ -83,10 +83,18 @@ class TorchEngine(Engine):
             self.model.set_requires_gradient_sync(last or self.reduce_each)
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def reduce(self) -> None:
+        """Completes the sums over ranks: from here on every gradient is the whole job's. `step` begins with it."""
         if not isinstance(self.model, FSDPModule):
             sum_gradients(self.model, self.mesh)
         self.rule.reduce()
+
+    def step(self, lr: float) -> float:
+        self.reduce()
+        return self.update(lr)
+
+    def update(self, lr: float) -> float:
+        """What follows in a step: clips, updates, clears the gradients; returns their norm before clipping."""
         norm = self.rule.clip(self.clip)
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:

@@ -22,7 +22,15 @@ class WeightGradients:
     """The products that are still to be done, of the linear layers of one stage."""
 
     def __init__(self, module: nn.Module):
-        """From now on the backward passes of `module` leave out its linear layers' weights."""
+        """From now on the backward passes of `module` leave out its linear layers' weights.
+
+        Raises ValueError for compiled modules, which would not call what is put in place here.
+        """
+        if any(getattr(child, "_compiled_call_impl", None) is not None for child in module.modules()):
+            raise ValueError(
+                "mesh.pp_schedule=zbv puts weight gradients off, which compiled blocks cannot; "
+                "use mesh.pp_schedule=interleaved, or do not compile"
+            )
         self.waiting: list[Callable[[], None]] = []
         for child in module.modules():
             if type(child) is nn.Linear:

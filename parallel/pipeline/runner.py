@@ -42,7 +42,7 @@ class PipelineRunner:
         self.stream_parts = mesh.size("tp")  # between sublayers each tp rank holds its part of the tokens
         self.parts: dict[int, Any] = dict(zip(plan.held_by(mesh.rank("pp")), parts, strict=True))
         self._ready: tuple[tuple[int, int], list[Stage], Any] | None = None
-        self._scale = 1.0
+        self._denominator = 1.0
         self.deferred = {i: WeightGradients(part) for i, part in self.parts.items()} if plan.schedule == "zbv" else {}
 
     def forward_backward(self, batches: Sequence[MicroBatch], denominator: float) -> Tensor:
@@ -59,7 +59,7 @@ class PipelineRunner:
         stages, schedule = self._prepare(len(batches), lengths.pop())
         for stage in stages:
             stage.begin(batches)
-        self._scale = self.averaged_over / denominator
+        self._denominator = denominator
         losses: list[Tensor] = []
         # The losses need no targets from the schedule, but it counts them.
         schedule._step_microbatches(target_mbs=[None] * len(batches), losses=losses)
@@ -123,7 +123,7 @@ class PipelineRunner:
         return self._ready[1], self._ready[2]
 
     def _scaled(self, loss: Tensor, _: None) -> Tensor:
-        return loss * self._scale
+        return loss / self._denominator * self.averaged_over  # in this order, as without a pipeline
 
     @torch.no_grad()
     def _sum_shared_gradients(self) -> None:
@@ -133,9 +133,11 @@ class PipelineRunner:
             for ours, theirs in zip(first.shared().values(), last.shared().values(), strict=True):
                 _gradient(ours).add_(_gradient(theirs))
                 _gradient(theirs).copy_(_gradient(ours))
-        elif first is not None or last is not None:
-            peer = self.ranks[self.plan.holder(0 if first is None else self.plan.stages - 1)]
-            for parameter in (last if first is None else first).shared().values():
+            return
+        one, other = (first, self.plan.stages - 1) if first is not None else (last, 0)
+        if one is not None:
+            peer = self.ranks[self.plan.holder(other)]
+            for parameter in one.shared().values():
                 self._add_from(peer, _gradient(parameter))
 
     def _add_from(self, peer: int, ours: Tensor) -> None:

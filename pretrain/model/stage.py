@@ -80,7 +80,7 @@ class Stage(Decoder):
 
     def shared(self) -> dict[str, nn.Parameter]:
         """Parameters of which the first and the last stage hold a copy each, by name: their gradients belong together."""
-        return {"embedding.weight": self.embedding.weight} if self._doubled else {}
+        return {"embedding.weight": self.embedding.get_parameter("weight")} if self._doubled else {}
 
     def splits(self) -> dict[str, Split]:
         here = dict(self.named_parameters())

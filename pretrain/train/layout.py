@@ -58,7 +58,7 @@ def apply(model: Decoder, config: RunConfig, mesh: Mesh) -> None:
     """Cuts a whole model, the same on all ranks, down to this rank's part; then recomputation and compilation of its blocks."""
     apply_tensor(model, mesh)
     apply_experts(model, mesh)
-    apply_context(model, mesh)
+    apply_context(model, mesh, config.mesh.context)
     share_loads(model, mesh)
     apply_recompute(model.blocks, config.train.recompute)
     if config.train.compile:

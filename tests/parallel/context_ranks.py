@@ -17,8 +17,9 @@ from tests.pretrain.families import build
 T = 48  # chunks of 12, 8 and 6 tokens for 2, 3 and 4 ranks
 ROWS: dict[str, list[int] | None] = {
     "one document": None,
-    # Borders on, one before and one after borders of chunks for every number of ranks; documents of one token; one of 22.
-    "many documents": [0, 1, 2, 11, 12, 13, 23, 24, 25, 47, 48],
+    # Borders on, one before and one after borders of chunks for every number of ranks; documents of one token; one that has a
+    # single token before a border.
+    "many documents": [0, 1, 2, 11, 12, 13, 23, 24, 25, 35, 47, 48],
     "long and empty ones": [0, 0, 5, 5, 36, 48, 48],
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parallel.pipeline import Plan, cut
+from parallel.pipeline.deferred import WeightGradients
 from pretrain.model.decoder import Decoder
 from pretrain.model.stage import Stage
 from tests.parallel.pipeline_ranks import Case, Outcome, alone, buffers_left, in_a_pipeline, refused
@@ -31,6 +32,8 @@ CASES = {
         "zbv, routers' state, tied": Case(*ZAYA, "zbv", (1, 2, 2, 1), 5),
         "zbv, auxiliary losses, few micro-batches": Case(*QWEN, "zbv", (1, 1, 1, 1), 2, tied=False),
         "zbv, tied, multi-token": Case(*FURTHER, "zbv", (1, 1, 2, 0), 3),
+        "1f1b, bf16 autocast": Case(*ZAYA, "1f1b", (4, 2), 2, dtype=torch.float32, autocast=True),
+        "zbv, bf16 autocast": Case(*KIMI, "zbv", (1, 2, 1, 1), 2, dtype=torch.float32, autocast=True),
         "zbv, fp32": Case(*KIMI, "zbv", (1, 2, 1, 1), 3, dtype=torch.float32),
     },
     4: {
@@ -191,6 +194,26 @@ def test_where_stages_are() -> None:
 def test_plans_that_cannot_be(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan.of(ranks=2, costs=[1.0] * 8, **arguments)
+
+
+def test_weight_gradients_wait_until_they_are_asked_for() -> None:
+    layer = torch.nn.Linear(3, 2).double()
+    x = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    layer(layer(x)[..., :1].expand(1, 4, 3)).square().sum().backward()  # the weight is used twice on one path
+    expected = [x.grad, layer.weight.grad, layer.bias.grad]
+    x.grad = layer.weight.grad = layer.bias.grad = None
+    deferred = WeightGradients(layer)
+    layer(layer(x)[..., :1].expand(1, 4, 3)).square().sum().backward()
+    assert layer.weight.grad is None and torch.allclose(x.grad, expected[0])
+    run = deferred.take()
+    assert deferred.waiting == [] and layer.weight.grad is None
+    run()
+    assert torch.allclose(layer.weight.grad, expected[1]) and torch.allclose(layer.bias.grad, expected[2])
+    run()  # each product is done once
+    assert torch.allclose(layer.weight.grad, expected[1])
+    layer.compile()
+    with pytest.raises(ValueError, match="compiled blocks"):
+        WeightGradients(layer)
 
 
 def test_too_few_micro_batches_are_refused_with_the_field_to_change() -> None:
