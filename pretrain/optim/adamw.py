@@ -48,6 +48,8 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
 
 def _by_type(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Sharded and plain parameters apart: no operation takes both in one list."""
-    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    sharded: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in parameters:
+        (sharded if isinstance(parameter, DTensor) else plain).append(parameter)
     return [alike for alike in (sharded, plain) if alike]
