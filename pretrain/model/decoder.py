@@ -139,17 +139,20 @@ class Decoder(nn.Module):
         """Logits fp32 [B, T, vocabulary], or with targets the sum of the cross entropies in nats (fp32 scalar).
 
         tokens: int64 [B, T]. targets: int64 [B, T], -100 where there is none. cu_seqlens: int32 [N+1], the borders of packed
-        sequences (then B = 1): no layer looks across them. cache: tokens follow those it has seen; it is updated in place.
+        sequences (then B = 1): no layer looks across them. cache: tokens follow those it has seen; it is updated in place
+        (packed prompts fill an empty one, whose `split` then gives each prompt its own).
         last_only: logits of the last position only, [B, 1, vocabulary].
 
         In training, auxiliary losses (balancing, multi-token prediction) join the gradient but not the value that is returned.
         """
+        if cache is not None and cache.borders is not None:
+            raise ValueError("the cache holds packed prompts: go on with one of cache.split() for each of them")
         sequence = self.sequence_of(tokens, cu_seqlens, cache.length if cache is not None else 0)
         x, carry = self.embed(tokens), Carry()
         for index, block in enumerate(self.blocks):
             x, carry = block(x, sequence, cache.layers[index] if cache is not None else None, carry)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length, cache.borders = cache.length + tokens.shape[1], cu_seqlens
         if targets is None:
             return self.logits(x, last_only)
         return self.objective(x, carry, tokens, targets, sequence)

@@ -83,7 +83,8 @@ class SequenceContext:
         -> [B, T, H, V]. Queries are the last T of the keys' positions. window: keys that a query sees, itself included.
         """
         if cache is not None:
-            k, v = _remember(cache, k, v, window)
+            # Of packed prompts all is kept: where each one's window begins is known when they part.
+            k, v = _remember(cache, k, v, None if self.cu_seqlens is not None else window)
         return attention(q, k, v, scale=scale, window=window, cu_seqlens=self.cu_seqlens)
 
     def convolve(
@@ -137,14 +138,20 @@ class SequenceContext:
         before = x.new_zeros(x.shape[2]) if before is None else before.to(x.dtype)
         past = cache[name] if cache is not None and name in cache else before.expand(x.shape[0], reach, -1)
         stream = torch.cat((past, x), dim=1)
-        if cache is not None:
-            cache[name] = stream[:, T:].clone()  # a view would keep the whole prompt
         ago = range(reach, -1, -1)
         steps = [stream[:, reach - n : reach - n + T] for n in ago]
-        if self.cu_seqlens is None:
-            return steps
-        positions = self.positions[..., None]
-        return [torch.where(positions < n, before, step) if n else step for n, step in zip(ago, steps)]
+        if self.cu_seqlens is not None:
+            positions = self.positions[..., None]
+            steps = [torch.where(positions < n, before, step) if n else step for n, step in zip(ago, steps)]
+        if cache is not None:
+            packed = self.cu_seqlens is not None
+            # A view would keep the whole prompt.
+            cache[name] = torch.stack([self.last(step) for step in steps[1:]], 1) if packed else stream[:, T:].clone()
+        return steps
+
+    def last(self, x: Tensor) -> Tensor:
+        """x [B, T, ...] at the last token of each sequence: [B, ...], or [N, ...] for N packed ones (none of them empty)."""
+        return x[:, -1] if self.cu_seqlens is None else x[0, self.cu_seqlens[1:].long() - 1]
 
     def following(self, row: Tensor, fill: int) -> Tensor:
         """row [B, T] shifted left by one within each sequence; the last place of each sequence gets `fill`."""

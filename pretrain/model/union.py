@@ -265,7 +265,7 @@ def prefix_mean(
             begun = torch.where((first < 0)[..., None], cache[f"{name}_patch"][:, None], begun)
         mean = begun
     if cache is not None:
-        cache[f"{name}_sum"], cache[f"{name}_patch"] = total[:, -1], mean[:, -1]
+        cache[f"{name}_sum"], cache[f"{name}_patch"] = sequence.last(total), sequence.last(mean)
     return mean
 
 
@@ -277,7 +277,7 @@ def first_come(mask: Tensor, capacity: int, sequence: SequenceContext, cache: di
         count = count - (count - mask.long()).gather(1, begin)
     if cache is not None:
         count = count + cache["taken"][:, None] if "taken" in cache else count
-        cache["taken"] = count[:, -1]
+        cache["taken"] = sequence.last(count)
     return mask & (count <= capacity)
 
 

@@ -104,7 +104,7 @@ class SelectiveAttention(Mixer):
         projected = per_expert(rows.of_tokens(_autocast(x.flatten(0, 1))), self.qkv, rows.counts)
         q, k, v = self._heads(projected[None], cos_sin)
         segments = _segments(rows, sequence, x.shape[0])
-        if cache is None or sequence.cu_seqlens is not None:
+        if cache is None:
             o = attention(q, k, v, cu_seqlens=segments.borders)
         else:
             stored = remember(cache, k[0], v[0], segments)
@@ -209,7 +209,7 @@ class Stored(NamedTuple):
 def remember(cache: dict[str, Any], k: Tensor, v: Tensor, segments: Segments) -> Stored:
     """Appends the rows k, v [P, HKV, K] to their segments' lists; returns the lists of all segments that have queries.
 
-    The cache holds k and v [n * B, L, HKV, K], of which the first count int64 [n * B] are in use.
+    The cache holds taken_k and taken_v [n * B, L, HKV, K], of which the first count int64 [n * B] are in use.
     """
     new, of = segments.counts, segments.of
     count = cache.get("count")
@@ -222,7 +222,7 @@ def remember(cache: dict[str, Any], k: Tensor, v: Tensor, segments: Segments) ->
     active = new.nonzero()[:, 0]
     seen = torch.arange(longest, device=of.device) < total[active][:, None]
     lists = []
-    for name, rows in (("k", k), ("v", v)):
+    for name, rows in (("taken_k", k), ("taken_v", v)):
         held = cache.get(name)
         if held is None or held.shape[1] < longest:
             old = 0 if held is None else held.shape[1]

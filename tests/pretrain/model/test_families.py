@@ -85,6 +85,27 @@ def test_decoding_equals_the_full_forward(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_packed_prompts_fill_caches_that_go_on_by_themselves(family: str) -> None:
+    model = build(family, init_std=0.2).eval()
+    prompts, further = [1, 17, 6, 30], 5
+    rows = [torch.randint(0, 256, (1, n + further), generator=torch.Generator().manual_seed(n)) for n in prompts]
+    borders = torch.tensor([0, *prompts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    with torch.inference_mode():
+        cache = model.new_cache()
+        packed = model(torch.cat([row[:, :n] for row, n in zip(rows, prompts)], dim=1), cu_seqlens=borders, cache=cache)
+        with pytest.raises(ValueError, match=r"cache\.split"):
+            model(rows[0][:, :1], cache=cache)
+        for row, n, prompt, own in zip(rows, prompts, packed.split(prompts, dim=1), cache.split(), strict=True):
+            assert own.length == n
+            found = [
+                prompt,
+                *(model(row[:, t : t + 1], cache=own) for t in range(n, n + 3)),
+                model(row[:, n + 3 :], cache=own),
+            ]
+            torch.testing.assert_close(torch.cat(found, dim=1), model(row), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_output_depends_on_later_tokens(family: str) -> None:
     model = build(family, init_std=0.2).eval()
     row = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(4))

@@ -229,7 +229,7 @@ def test_cache_holds_each_heads_own_tokens_only() -> None:
             mixer.routing.forward = fixed(mask[:, t : t + 1])
             run(mixer, x[:, t : t + 1], context(2, 1, offset=t), cache)
     assert cache["count"].view(4, 2).tolist() == mask.sum(1).T.tolist()
-    assert cache["k"].shape[1] < 1.5 * 11 and cache["k"].shape[2:] == (1, 4)
+    assert cache["taken_k"].shape[1] < 1.5 * 11 and cache["taken_k"].shape[2:] == (1, 4)
     values = cache["v"].view(4, 2, -1, 4)
     for expert in range(4):
         for row in range(2):
