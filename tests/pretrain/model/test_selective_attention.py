@@ -230,7 +230,7 @@ def test_cache_holds_each_heads_own_tokens_only() -> None:
             run(mixer, x[:, t : t + 1], context(2, 1, offset=t), cache)
     assert cache["count"].view(4, 2).tolist() == mask.sum(1).T.tolist()
     assert cache["taken_k"].shape[1] < 1.5 * 11 and cache["taken_k"].shape[2:] == (1, 4)
-    values = cache["v"].view(4, 2, -1, 4)
+    values = cache["taken_v"].view(4, 2, -1, 4)
     for expert in range(4):
         for row in range(2):
             kept = x[row][mask[row, :, expert]] @ mixer.qkv[expert][:, 8:]
