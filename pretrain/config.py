@@ -114,10 +114,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError, one line a fault: the field, its value, what is allowed, and the nearest valid key.
     """
     raw = read_yaml(path)
-    # A model file may be named in the run file or on the command line; other overrides then change what it says.
+    # A model (its file or all of it) may be given in the run file or on the command line; other overrides then change it.
     named = [override for override in overrides if override.startswith("model=")]
     try:
-        raw["model"] = model_section(named[-1].partition("=")[2] if named else raw.get("model"), Path(path))
+        raw["model"] = model_section(_value(named[-1]) if named else raw.get("model"), Path(path))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if raw["model"] is None:
@@ -192,14 +192,19 @@ def _without_tags(location: tuple[int | str, ...], raw: Any) -> list[str]:
     return path
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} cannot be read; write key.sub=value, for example train.steps=100")
+def _value(override: str) -> Any:
+    text = override.partition("=")[2]
     try:
-        value = yaml.load(text, Loader=_Loader) if text else None
+        return yaml.load(text, Loader=_Loader) if text else None
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, _ = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} cannot be read; write key.sub=value, for example train.steps=100")
+    value = _value(override)
     target: Any = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):

@@ -165,6 +165,8 @@ def test_a_run_file_may_name_a_model_file(tmp_path: Path) -> None:
     assert loaded.model.width == 512 and [str(layer) for layer in loaded.model.pattern()] == ["gla + swiglu"] * 24
     loaded = configuration.load(path, ["model.width=256", "model=configs/models/delta_net_340m.yaml"])
     assert loaded.model.width == 256 and str(loaded.model.pattern()[0]) == "delta_net + swiglu"
+    whole = "model={width: 32, mixers: {a: {kind: attention, heads: 2}}, layers: [a x2]}"
+    assert [str(layer) for layer in configuration.load(path, [whole]).model.pattern()] == ["a", "a"]
     run["model"] = "gla_34m.yaml"
     path.write_text(yaml.safe_dump(run))
     with pytest.raises(
