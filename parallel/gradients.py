@@ -14,7 +14,7 @@ them alone. The rest is summed here, and only here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -45,15 +45,22 @@ class GradientRule:
     """For a model on a mesh, sharded or wrapped by its engine already.
 
     stages: how many pipeline stages hold a parameter of this name, where more than one does (a tied embedding).
+    only: names of the parameters to look after; all when left out.
     Collective: all ranks of a pipeline stage call `reduce`, all ranks of the job `clip`.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, stages: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        stages: Mapping[str, int] | None = None,
+        only: Collection[str] | None = None,
+    ):
         self.mesh = mesh
         table = cuts(model)
         self.held: list[_Held] = []
         for name, parameter in named_parameters(model):
-            if parameter.requires_grad:
+            if parameter.requires_grad and (only is None or name in only):
                 each = table.get(name, ())
                 parts = _shards(parameter) * math.prod(cut.ranks for cut in each)
                 holders = mesh.size("dp_cp_tp") / parts * (stages or {}).get(name, 1)

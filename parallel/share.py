@@ -41,6 +41,10 @@ class Share(Tensor):
         """The blocks that this rank holds."""
         return boxes(self.held, self.cuts)
 
+    def block(self, box: Box) -> Tensor:
+        """One of them, as a view of what this rank holds."""
+        return box.of(local(self.held))
+
     def fill(self, source: Tensor) -> None:
         """Copies from a whole tensor, or from a Share of the same blocks, into what this rank holds."""
         own = local(self.held)
@@ -81,5 +85,5 @@ class Share(Tensor):
         assert index.offset is not None
         for box in self.boxes():
             if box.whole == tuple(index.offset):
-                return box.of(local(self.held))
+                return self.block(box)
         raise ValueError(f"no block of {index.fqn} at {tuple(index.offset)} on this rank")
