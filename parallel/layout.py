@@ -81,8 +81,8 @@ class Box(NamedTuple):
 
 _RECORD = "parameters_cut"
 
-# What wrappers add to names: torch.compile, activation checkpointing, DistributedDataParallel (at the front only).
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+# What wrappers add to names: torch.compile, activation checkpointing, and the holder of a rank's pipeline stages.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_stage_\d+)\.")
 
 
 def plain_name(name: str) -> str:

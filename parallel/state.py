@@ -4,9 +4,10 @@
     optimizer/<parameter>/<key>            exp_avg, exp_avg_sq, momentum_buffer, step, ...
 
 Names and shapes are those of the whole model. They do not depend on how it is wrapped, cut, sharded or compiled, nor on the
-engine, so neither does a checkpoint. The tensors are the live ones (plain, DTensor for a sharded parameter, Share for
-one that tensor or expert parallelism has cut), so that loading is: make the dictionary, have it filled in place, and hand
-it to the `load_*` functions, which put back what was not a tensor.
+engine, so neither does a checkpoint. Where two pipeline stages of this rank hold a copy each of one parameter, its name
+stands for the first copy, and loading fills both. The tensors are the live ones (plain, DTensor for a sharded parameter,
+Share for one that tensor or expert parallelism has cut), so that loading is: make the dictionary, have it filled in place,
+and hand it to the `load_*` functions, which put back what was not a tensor or is a second copy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter once (a tied one under its first name), by its name free of wrappers, in the model's order."""
+    """Each parameter once (a tied one under its first name), by its name free of wrappers, in the model's order.
+
+    Copies of one parameter in two pipeline stages have one name.
+    """
     _reshard(model)
     for name, parameter in _root(model).named_parameters():
         yield plain_name(name), parameter
@@ -48,19 +52,27 @@ def _reshard(model: nn.Module) -> None:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`model/<name>` -> every parameter and persistent buffer, detached and sharing memory with the model's own."""
+    return _first_copies(_model_tensors(model))
+
+
+def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     table = cuts(_root(model))
-    tensors = {
-        f"model/{name}": Share.of(parameter.detach(), table.get(name, ()), name)
-        for name, parameter in named_parameters(model)
-    }
+    for name, parameter in named_parameters(model):
+        yield f"model/{name}", Share.of(parameter.detach(), table.get(name, ()), name)
     seen: set[int] = set()
     for prefix, module in _root(model).named_modules():
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set or id(buffer) in seen:
                 continue
             seen.add(id(buffer))
-            tensors["model/" + plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()
-    return tensors
+            yield "model/" + plain_name(f"{prefix}.{name}" if prefix else name), buffer.detach()
+
+
+def _first_copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        found.setdefault(name, tensor)
+    return found
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -68,9 +80,9 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises ValueError if a name of the model is absent from `tensors`; other names are not looked at.
     """
-    own = model_tensors(model)
-    _require(own, tensors)
-    for name, tensor in own.items():
+    own = list(_model_tensors(model))
+    _require([name for name, _ in own], tensors)
+    for name, tensor in own:
         _copy(tensor, tensors[name])
 
 
@@ -82,14 +94,21 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
     become tensors of zero dims (float64, int64 or bool); those are copies. Hyperparameters are not state: they come
     from the configuration. Raises ValueError if the optimizer updates a parameter that the model does not have.
     """
+    table = cuts(_root(model))
+    return _first_copies(
+        item
+        for name, parameter, state in _states(model, optimizer)
+        for item in _state_tensors(name, parameter, state, table.get(name, ())).items()
+    )
+
+
+def _state_tensors(name: str, parameter: nn.Parameter, state: Mapping[str, Any], each: Cuts) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    table, shapes = cuts(_root(model)), {name: parameter.shape for name, parameter in named_parameters(model)}
-    for name, state in _states(model, optimizer):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = _share(f"{name}/{key}", value, table.get(name, ()), shapes[name])
-            elif isinstance(value, (bool, int, float)):
-                tensors[f"optimizer/{name}/{key}"] = torch.tensor(value, dtype=_number_dtype(value))
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[f"optimizer/{name}/{key}"] = _share(f"{name}/{key}", value, each, parameter.shape)
+        elif isinstance(value, (bool, int, float)):
+            tensors[f"optimizer/{name}/{key}"] = torch.tensor(value, dtype=_number_dtype(value))
     return tensors
 
 
@@ -98,9 +117,10 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizers, tensors: Map
 
     Raises ValueError if a name of the optimizer's state is absent from `tensors`; other names are not looked at.
     """
-    own = optimizer_tensors(model, optimizer)
-    _require(own, tensors)
-    for name, state in _states(model, optimizer):
+    _require(optimizer_tensors(model, optimizer), tensors)
+    table = cuts(_root(model))
+    for name, parameter, state in _states(model, optimizer):
+        own = _state_tensors(name, parameter, state, table.get(name, ()))
         for key, value in state.items():
             if isinstance(value, Tensor):
                 _copy(own[f"optimizer/{name}/{key}"], tensors[f"optimizer/{name}/{key}"])
@@ -108,7 +128,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizers, tensors: Map
                 state[key] = type(value)(tensors[f"optimizer/{name}/{key}"].item())
 
 
-def _states(model: nn.Module, optimizer: Optimizers) -> Iterator[tuple[str, dict[str, Any]]]:
+def _states(model: nn.Module, optimizer: Optimizers) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
     names = {parameter: name for name, parameter in named_parameters(model)}
     for one in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
         parameters = [p for group in one.param_groups for p in group["params"] if p.requires_grad]
@@ -120,7 +140,7 @@ def _states(model: nn.Module, optimizer: Optimizers) -> Iterator[tuple[str, dict
                 )
         make_zero_state(one)
         for parameter in parameters:
-            yield names[parameter], one.state[parameter]
+            yield names[parameter], parameter, one.state[parameter]
 
 
 @torch.no_grad()
@@ -207,7 +227,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return local_a.numel() > 0 and local_a.data_ptr() == local_b.data_ptr() and local_a.device == local_b.device
 
 
-def _require(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    missing = sorted(own.keys() - given.keys())
+def _require(own: Iterable[str], given: Mapping[str, Tensor]) -> None:
+    missing = sorted(set(own) - given.keys())
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing: {', '.join(missing[:10])}")

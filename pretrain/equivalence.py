@@ -106,18 +106,16 @@ def run(config: RunConfig, job: Processes, batches: list[list[Batch]]) -> Outcom
     """Trains on the given global batches, a list of rows for each step. Collective over the job."""
     import torch
 
-    from parallel import engines
     from parallel.engines.torch import TorchEngine
     from parallel.mesh import Mesh
     from parallel.whole import assemble, gradients
     from pretrain.model.decoder import Decoder
-    from pretrain.train import layout
+    from pretrain.train.build import engine_for
 
     mesh = Mesh(config.mesh, job)
     torch.manual_seed(config.train.seed)
     model = Decoder(config.model).to(job.device)
-    layout.apply(model, config, mesh)
-    engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
+    engine = engine_for(config, mesh, model)
     assert isinstance(engine, TorchEngine)
     losses: list[float] = []
     first: dict[str, Tensor] = {}
@@ -127,7 +125,7 @@ def run(config: RunConfig, job: Processes, batches: list[list[Batch]]) -> Outcom
         share = engine.forward_backward(mine, float(sum(row.scored for row in rows)))
         engine.reduce()
         if step == 0:
-            first, differences = assemble(gradients(model))
+            first, differences = assemble(gradients(engine.model))
             spread = max(differences.values(), default=0.0)
         engine.update(config.optimizer.lr)
         losses.append(job.sum([share.item()])[0])

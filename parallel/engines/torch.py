@@ -53,27 +53,19 @@ class TorchEngine(Engine):
         self.model, self.clip, self.mesh = model, clip, mesh
         self.reduce_each = config.reduce_each_micro_batch
         self.cut = partial(cut_batch, mesh=mesh)
-        if mesh.size("shard_cp") > 1:
-            self._shard(blocks, config.reshard_after_forward)
+        self.sharded = mesh.size("shard_cp") > 1
+        if self.sharded:
+            self.shard(blocks, config.reshard_after_forward)
         self.optimizer: Optimizer = optimizer(model)
-        self.rule = GradientRule(model, mesh)
+        self.rule = GradientRule(model, mesh, self.copies())
 
-    def _shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
-        axes = [axis for axis in ("replicate", "shard_cp") if self.mesh.size(axis) > 1]
-        # Experts that are spread over ranks belong to fewer ranks than these: they stay as they are, and the gradient rule adds
-        # them up over their own.
-        spread = {name for name, each in cuts(self.model).items() if any(cut.axis == "ep" for cut in each)}
-        apart = {parameter for name, parameter in named_parameters(self.model) if name in spread}
-        options: dict[str, Any] = {"mesh": self.mesh.device_mesh(*axes), "ignored_params": apart}
-        for block in blocks:
-            fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-        fully_shard(self.model, reshard_after_forward=False, **options)  # the root is needed again at once
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # gradients are sums over ranks, not means
-                module.set_force_sum_reduction_for_comms(
-                    True
-                )  # and no scaling inside the collective, which gloo has not
+    def shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
+        """Shards the model over its data-parallel ranks."""
+        shard(self.model, blocks, self.mesh, reshard_after_forward)
+
+    def copies(self) -> dict[str, int]:
+        """How many pipeline stages hold a parameter, by name, where more than one does."""
+        return {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -85,7 +77,7 @@ class TorchEngine(Engine):
 
     def reduce(self) -> None:
         """Completes the sums over ranks: from here on every gradient is the whole job's. `step` begins with it."""
-        if not isinstance(self.model, FSDPModule):
+        if not self.sharded:
             sum_gradients(self.model, self.mesh)
         self.rule.reduce()
 
@@ -109,3 +101,20 @@ class TorchEngine(Engine):
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         load_model_tensors(self.model, tensors)
         load_optimizer_tensors(self.model, self.optimizer, tensors)
+
+
+def shard(root: nn.Module, blocks: list[nn.Module], mesh: Mesh, reshard_after_forward: bool) -> None:
+    """FSDP2 for a module and, gathered and freed one at a time, its blocks."""
+    axes = [axis for axis in ("replicate", "shard_cp") if mesh.size(axis) > 1]
+    # Experts that are spread over ranks belong to fewer ranks than these: they stay as they are, and the gradient rule adds
+    # them up over their own.
+    spread = {name for name, each in cuts(root).items() if any(cut.axis == "ep" for cut in each)}
+    apart = {parameter for name, parameter in named_parameters(root) if name in spread}
+    options: dict[str, Any] = {"mesh": mesh.device_mesh(*axes), "ignored_params": apart}
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(root, reshard_after_forward=False, **options)  # the root is needed again at once
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # gradients are sums over ranks, not means
+            module.set_force_sum_reduction_for_comms(True)  # and no scaling inside the collective, which gloo has not

@@ -10,7 +10,7 @@ The schedules are torch's (torch.distributed.pipelining). What a module must off
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,29 +28,30 @@ from parallel.pipeline.stage import Context, MicroBatch, Stage, call
 class PipelineRunner:
     """The stages of this rank. Every rank of a pipeline makes the same calls with the same batches."""
 
-    def __init__(
-        self, parts: Sequence[nn.Module], plan: Plan, mesh: Mesh, context: Context = nullcontext, averaged_over: int = 1
-    ):
+    def __init__(self, parts: Sequence[nn.Module], plan: Plan, mesh: Mesh):
         """parts: the modules of the stages plan.held_by(pp rank), in order, sharded and moved to their device already.
 
-        context: entered around every forward pass, for autocast. averaged_over: ranks over which the engine averages gradients
-        where it should sum them (FSDP2).
+        Their gradients must be sums over ranks, where an engine reduces them, not means.
         """
         assert mesh.size("pp") == plan.ranks > 1
-        self.plan, self.group, self.context, self.averaged_over = plan, mesh.group("pp"), context, averaged_over
+        self.plan, self.group = plan, mesh.group("pp")
         self.ranks, self.device = mesh.ranks("pp"), mesh.processes.device
         self.stream_parts = mesh.size("tp")  # between sublayers each tp rank holds its part of the tokens
         self.parts: dict[int, Any] = dict(zip(plan.held_by(mesh.rank("pp")), parts, strict=True))
         self._ready: tuple[tuple[int, int], list[Stage], Any] | None = None
         self._denominator = 1.0
+        self._context: Context = nullcontext
         self.deferred = {i: WeightGradients(part) for i, part in self.parts.items()} if plan.schedule == "zbv" else {}
 
-    def forward_backward(self, batches: Sequence[MicroBatch], denominator: float) -> Tensor:
-        """Adds the gradients of sum(losses) / denominator to all parameters; shared ones get those of both copies.
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], denominator: float, context: Context = nullcontext
+    ) -> Tensor:
+        """Adds the gradients of sum(losses) / denominator to all parameters; `sum_shared_gradients` is still to come.
 
-        batches: the step's micro-batches, each a row of the same number of tokens. Returns this rank's share of
-        sum(losses) / denominator, fp64: 0 on ranks without the last stage, so that the sum over ranks is the whole.
-        Raises ValueError when the schedule cannot run this many micro-batches, or their lengths differ.
+        batches: the step's micro-batches, each a row of the same number of tokens. context: entered around every forward pass,
+        for autocast. Returns this rank's share of sum(losses) / denominator, fp64: 0 on ranks without the last stage, so that the
+        sum over ranks is the whole. Raises ValueError when the schedule cannot run this many micro-batches, or their lengths
+        differ.
         """
         self.plan.check(len(batches))
         lengths = {batch.tokens.shape[1] for batch in batches}
@@ -59,19 +60,21 @@ class PipelineRunner:
         stages, schedule = self._prepare(len(batches), lengths.pop())
         for stage in stages:
             stage.begin(batches)
-        self._denominator = denominator
+        self._denominator, self._context = denominator, context
         losses: list[Tensor] = []
         # The losses need no targets from the schedule, but it counts them.
         schedule._step_microbatches(target_mbs=[None] * len(batches), losses=losses)
-        self._sum_shared_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for loss in losses:
             total += loss.detach()
-        return total / self.averaged_over
+        return total
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor:
-        """The summed loss of one batch in nats, fp64: 0 on ranks without the last stage. Ranks do not wait for later stages."""
+        """The summed loss of one batch in nats, fp64: 0 on ranks without the last stage. Ranks do not wait for later stages.
+
+        For autocast, call it under that.
+        """
         length = batch.tokens.shape[1] // self.stream_parts
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         passed: tuple[Tensor, ...] = ()
@@ -82,7 +85,7 @@ class PipelineRunner:
                 received = tuple(torch.empty_like(like, device=self.device) for like in part.incoming(length))
                 for tensor in received:
                     dist.recv(tensor, self.ranks[source or 0], self.group)
-            output = call(part, received, batch, self.context)
+            output = call(part, received, batch, nullcontext)
             if index == self.plan.stages - 1:
                 total += output
             elif index + 1 in self.parts:
@@ -108,7 +111,7 @@ class PipelineRunner:
         if self._ready is None or self._ready[0] != key:
             length = tokens // self.stream_parts
             stages = [
-                Stage(part, i, self.plan.stages, self.device, self.group, length, self.context, self.deferred.get(i))
+                Stage(part, i, self.plan.stages, self.device, self.group, length, self._enter, self.deferred.get(i))
                 for i, part in self.parts.items()
             ]
             options: dict[str, Any] = {"loss_fn": self._scaled, "scale_grads": False}
@@ -122,12 +125,18 @@ class PipelineRunner:
             self._ready = (key, stages, schedule)
         return self._ready[1], self._ready[2]
 
+    def _enter(self) -> AbstractContextManager[Any]:
+        return self._context()
+
     def _scaled(self, loss: Tensor, _: None) -> Tensor:
-        return loss / self._denominator * self.averaged_over  # in this order, as without a pipeline
+        return loss / self._denominator
 
     @torch.no_grad()
-    def _sum_shared_gradients(self) -> None:
-        """Gives both copies of a shared parameter the sum of their gradients, bit by bit the same."""
+    def sum_shared_gradients(self) -> None:
+        """Gives both copies of a shared parameter the sum of their gradients, bit by bit the same.
+
+        Comes after all sums within the stages, which may add up in another order in each of them: copies would drift apart.
+        """
         first, last = self.parts.get(0), self.parts.get(self.plan.stages - 1)
         if first is not None and last is not None:
             for ours, theirs in zip(first.shared().values(), last.shared().values(), strict=True):

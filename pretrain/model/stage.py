@@ -7,7 +7,7 @@ they have in the whole decoder.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.model.block import Block
 from pretrain.model.decoder import Decoder
+from pretrain.model.router import Balanced
 from pretrain.model.split import Split
 from pretrain.model.sublayer import Carry, ContextualFFN
 
@@ -90,6 +91,23 @@ class Stage(Decoder):
         if self.last:
             return super().flops_per_token(context)
         return sum(part.flops_per_token(context) for part in self.sublayers())
+
+
+class Stages(nn.Module):
+    """The stages of one rank of a pipeline, as one module for optimizers, checkpoints and callbacks; called one by one only.
+
+    Parameters get a prefix by which copies in two stages differ; parallel/layout.py takes it away again (plain_name).
+    """
+
+    def __init__(self, stages: Sequence[Stage]):
+        super().__init__()
+        for number, stage in enumerate(stages):
+            self.add_module(f"_stage_{number}", stage)
+
+    def routers(self) -> dict[str, Balanced]:
+        """As Decoder.routers, of the layers that are here."""
+        stages = cast(Iterable[Stage], self.children())
+        return {name: router for stage in stages for name, router in stage.routers().items()}
 
 
 class _Border:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from parallel import engines
+from parallel.engines import Engine, TorchConfig
 from parallel.mesh import Mesh
 from parallel.processes import Processes
 from parallel.state import model_tensors
@@ -25,6 +27,7 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.data.loader import Loader
 from pretrain.data.store import Corpus
 from pretrain.model.decoder import Decoder
+from pretrain.model.stage import Stage, Stages
 from pretrain.train import layout
 from pretrain.train.callback import Run
 from pretrain.train.save import FOLDER, restore
@@ -62,28 +65,51 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
             prefetch=config.data.prefetch,
         )
     )
-    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    model = build_model(config).to(job.device)
     checkpoints = Checkpoints(
         config.run / FOLDER,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every or 0,
         agreement=agreement,
     )
-    initial = config.train.initial
-    if initial is not None and checkpoints.newest() is None:
-        # Before the engine, which may copy or cut the weights.
-        lines = or_usage(lambda: start_from(initial, model, agreement))
-        if job.first:
-            print("\n".join(lines), flush=True)
-    or_usage(lambda: layout.apply(model, config, mesh))
-    engine = engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
-    run = Run(config, job, engine, model)
+    engine = _first_engine(config, job, mesh, None if checkpoints.newest() else config.train.initial, agreement)
+    run = Run(config, job, engine, engine.model)
     checkpoints.sweep()
     resumed = or_usage(lambda: restore(run, checkpoints, loader))
     if job.first:
         _write_config(config, corpus)
     return Assembled(run, mesh, loader, checkpoints, validation, resumed)
+
+
+def _first_engine(config: RunConfig, job: Processes, mesh: Mesh, initial: Path | None, agreement: Agreement) -> Engine:
+    """With initial weights. The whole model, of which this rank may keep a part only, is gone afterwards."""
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    model = build_model(config).to(job.device)
+    if initial is not None:
+        # Before the engine, which may copy or cut the weights.
+        lines = or_usage(lambda: start_from(initial, model, agreement))
+        if job.first:
+            print("\n".join(lines), flush=True)
+    return or_usage(lambda: engine_for(config, mesh, model))
+
+
+def engine_for(config: RunConfig, mesh: Mesh, model: Decoder) -> Engine:
+    """The engine for this rank's part of a whole model, the same on all ranks; it takes the model apart. Collective.
+
+    Its `model` is the part, under the whole model's names: a decoder, or with mesh.pp the rank's stages. Raises ValueError for
+    what cannot be cut so (see layout.check, which needs no processes).
+    """
+    if mesh.size("pp") == 1:
+        layout.apply(model, config, mesh)
+        return engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
+    from parallel.engines.pipelined import PipelinedEngine  # see layout.plan
+
+    assert isinstance(config.engine, TorchConfig)
+    plan = layout.plan(config, model)
+    stages = [Stage(model, plan.layers, index) for index in plan.held_by(mesh.rank("pp"))]
+    for stage in stages:
+        layout.apply(stage, config, mesh)
+    blocks: list[list[nn.Module]] = [list(stage.layers()) for stage in stages]
+    return PipelinedEngine(config.engine, Stages(stages), blocks, plan, config.optimizer.build, mesh, config.train.clip)
 
 
 def start_from(path: Path, model: Decoder, agreement: Agreement) -> list[str]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from parallel.processes import Processes
     from pretrain.config import RunConfig
     from pretrain.model.decoder import Decoder
+    from pretrain.model.stage import Stages
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Run:
     config: RunConfig
     processes: Processes
     engine: Engine
-    model: Decoder
+    model: Decoder | Stages
+    """This rank's part of the model."""
     step: int = 0
     tokens: int = 0
     record: dict[str, Any] = field(default_factory=dict)

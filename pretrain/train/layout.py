@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from parallel.context import apply_context, check_context
 from parallel.expert import apply_experts, check_experts, share_loads
 from parallel.grid import Grid
@@ -11,6 +13,9 @@ from parallel.tensor import apply_tensor, check_tensor
 from pretrain.config import ConfigError, RunConfig
 from pretrain.model.decoder import Decoder
 from pretrain.model.files import empty
+
+if TYPE_CHECKING:
+    from parallel.pipeline.plan import Plan
 
 
 def check(config: RunConfig, world: int) -> Grid:
@@ -24,6 +29,8 @@ def check(config: RunConfig, world: int) -> Grid:
         vocabulary = config.model.vocabulary or 64 * grid.tp  # what the tokenizer's size is rounded to fits as well
         model = empty(config.model.model_copy(update={"vocabulary": vocabulary}))
         length = config.data.sequence_length * config.train.micro_batch
+        if grid.pp > 1:
+            _check_pipeline(config, model, grid)
         check_tensor(model, grid.tp, length, grid.cp)
         check_experts(model, grid.ep, grid.tp, grid.expert_tensor)
         check_context(model, grid.cp, length)
@@ -36,30 +43,61 @@ def check(config: RunConfig, world: int) -> Grid:
 
 def _check_engine(config: RunConfig, grid: Grid) -> None:
     if config.engine.kind == "deepspeed":
-        for axis in ("pp", "cp", "tp", "ep"):
-            if (size := getattr(grid, axis)) > 1:
-                raise ConfigError(
-                    f"mesh.{axis}={size}: the deepspeed engine keeps flat partitions over all ranks, which have no place "
-                    f"for parameters that only some ranks hold; use engine.kind=torch, or mesh.{axis}=1"
-                )
-        if grid.replicate > 1:
-            raise ConfigError(
-                f"mesh.replicate={grid.replicate}: the deepspeed engine shards over all ranks; leave it out"
-            )
-    if grid.pp > 1:
-        raise ConfigError(f"mesh.pp={grid.pp}: pipelines are not part of a training run yet; use mesh.pp=1")
+        config.engine.check(grid, config.train.compile)
     if grid.cp > 1 and config.model.multi_token is not None and grid.tp > 1:
         raise ConfigError(
             "mesh.cp and mesh.tp together do not go with model.multi_token yet; leave one of the three out"
         )
 
 
+def _check_pipeline(config: RunConfig, model: Decoder, grid: Grid) -> None:
+    if config.engine.kind != "torch":
+        raise ConfigError(
+            f"mesh.pp={grid.pp}: the {config.engine.kind} engine runs its own loop over micro-batches; "
+            "use engine.kind=torch, or mesh.pp=1"
+        )
+    if config.engine.reduce_each_micro_batch:
+        raise ConfigError(
+            f"engine.reduce_each_micro_batch=true: a pipeline (mesh.pp={grid.pp}) reduces gradients once a step; leave it out"
+        )
+    if config.mesh.pp_schedule == "zbv" and config.train.compile:
+        raise ConfigError(
+            "mesh.pp_schedule=zbv puts weight gradients off, which compiled blocks cannot; "
+            "use mesh.pp_schedule=interleaved, or train.compile=false"
+        )
+    plan(config, model).check(config.train.batch // (grid.dp * config.train.micro_batch))
+
+
+def plan(config: RunConfig, model: Decoder) -> Plan:
+    """Which layers of a whole model form which pipeline stage: as many FLOPs in each as can be.
+
+    Raises ValueError, naming the field of the mesh section, for what does not fit.
+    """
+    from parallel.pipeline.plan import Plan  # which brings torch's pipelines: half a second that others need not wait
+
+    mesh = config.mesh
+    layers, before, after = model.costs(config.data.sequence_length / 2)  # keys that a token sees on average, at most
+    made = Plan.of(mesh.pp_schedule, mesh.pp, layers, before, after, mesh.pp_virtual, mesh.pp_layers)
+    for rank in range(made.ranks):
+        held = made.held_by(rank)
+        if not any(len(made.layers[stage]) or stage in (0, made.stages - 1) for stage in held):
+            raise ValueError(
+                f"mesh.pp_layers={mesh.pp_layers}: pipeline rank {rank} would hold stages {held}, which have no layers; "
+                "give one of them a layer"
+            )
+    return made
+
+
 def apply(model: Decoder, config: RunConfig, mesh: Mesh) -> None:
-    """Cuts a whole model, the same on all ranks, down to this rank's part; then recomputation and compilation of its blocks."""
+    """Cuts a whole model or a stage of one, the same on all ranks, down to this rank's part of it.
+
+    Then recomputation and compilation of its blocks.
+    """
     apply_tensor(model, mesh)
     apply_experts(model, mesh)
     apply_context(model, mesh, config.mesh.context)
     share_loads(model, mesh)
-    apply_recompute(model.blocks, config.train.recompute)
+    blocks = list(model.layers())
+    apply_recompute(blocks, config.train.recompute)
     if config.train.compile:
-        apply_compile(model.blocks)
+        apply_compile(blocks)

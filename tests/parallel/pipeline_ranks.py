@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import Mesh, MeshConfig
@@ -154,13 +154,19 @@ def _one(rank: int, world: int, case: Case) -> Outcome:
             for block in part.layers():
                 fully_shard(block, mesh=mesh.device_mesh("dp"), reshard_after_forward=False)
             fully_shard(part, mesh=mesh.device_mesh("dp"), reshard_after_forward=False)
-    runner = PipelineRunner(parts, plan, mesh, case.context, averaged_over=case.dp)
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+    runner = PipelineRunner(parts, plan, mesh)
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=0.01)
     outcome = Outcome([], [])
     for step in range(STEPS):
         batches = case.batches(step, mesh.rank("dp"))
         scored = sum(batch.scored for dp_rank in range(case.dp) for batch in case.batches(step, dp_rank))
-        loss = runner.forward_backward(batches, scored)
+        loss = runner.forward_backward(batches, scored, case.context)
+        runner.sum_shared_gradients()
         outcome.loss += mesh.processes.sum([loss.item()])
         squares = 0.0
         for name, parameter in (named for part in parts for named in part.named_parameters()):
@@ -170,7 +176,8 @@ def _one(rank: int, world: int, case: Case) -> Outcome:
         outcome.states.append(finish(step, parts, optimizer, mesh))
     for part in parts:
         part.eval()
-    outcome.evaluated = mesh.processes.sum([runner.evaluate(packed(77)).item()])[0] / case.dp
+    with case.context():
+        outcome.evaluated = mesh.processes.sum([runner.evaluate(packed(77)).item()])[0] / case.dp
     outcome.gathered = runner.gather(dict.fromkeys(names, rank))
     return outcome
 

@@ -51,8 +51,12 @@ def train_on_rank(
     return train(configuration(run, corpus, *overrides), [StopAfter(stop)] if stop is not None else [])
 
 
+def records(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records(run)]
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:

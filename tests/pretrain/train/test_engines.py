@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.pretrain.train.small_run import checkpoint_tensors, losses, train_on_rank
+from tests.pretrain.train.small_run import checkpoint_tensors, losses, records, train_on_rank
 from tests.ranks import run_ranks
 
 PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
+# Enough layers for four stages, and all that travels between them: routers' states, auxiliary losses, the token after next.
+DEEP = (
+    "model.layers=[gdn + moe, attention + zaya x2]",
+    "model.ffns={moe: {kind: moe, experts: 4, top_k: 2, hidden: 16, z_loss: 0.01},"
+    " zaya: {kind: zaya_moe, experts: 4, hidden: 16, router_width: 12}}",
+    "model.multi_token={layer: attention + moe}",
+)
 LAYOUTS = {
     "fsdp2": (2, ()),
     "fsdp2 reducing each micro-batch": (
@@ -31,26 +41,46 @@ LAYOUTS = {
     "tensor x context": (4, ("mesh.tp=2", "mesh.cp=2")),
     "tensor x experts x data": (4, ("mesh.tp=2", "mesh.ep=4")),
     "context x data, experts": (4, ("mesh.cp=2", "mesh.ep=2")),
+    "pipeline": (2, ("mesh.pp=2",)),
+    "pipeline zbv": (2, ("mesh.pp=2", "mesh.pp_schedule=zbv", *DEEP)),
+    "pipeline interleaved x data": (4, ("mesh.pp=2", "mesh.pp_schedule=interleaved", *DEEP)),
+    "pipeline x tensor": (4, ("mesh.pp=2", "mesh.tp=2")),
+    "pipeline x experts": (4, ("mesh.pp=2", "mesh.ep=2")),
     "larger micro-batch": (1, ("train.micro_batch=4",)),
 }
 STEPS = "train.steps=4"
 
 
 @pytest.fixture(scope="module")
-def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("one")
-    run_ranks(train_on_rank, 1, run, corpus, (STEPS, "train.precision=fp32"), preload=PRELOAD)
-    return run
+def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
+    """The run of a model on one rank, made when first asked for."""
+
+    @cache
+    def of(model: tuple[str, ...]) -> Path:
+        run = tmp_path_factory.mktemp("one")
+        run_ranks(train_on_rank, 1, run, corpus, (STEPS, "train.precision=fp32", *model), preload=PRELOAD)
+        return run
+
+    return of
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fp32_training_agrees_with_one_rank(layout: str, one_rank: Path, corpus: Path, tmp_path: Path) -> None:
+def test_fp32_training_agrees_with_one_rank(layout: str, one_rank: Any, corpus: Path, tmp_path: Path) -> None:
     """Sums in another order differ by rounding only: losses to 2e-5 and weights to 1e-4 of their scale after four steps."""
     world, overrides = LAYOUTS[layout]
+    alone = one_rank(tuple(override for override in overrides if override.startswith("model.")))
     run_ranks(train_on_rank, world, tmp_path, corpus, (STEPS, "train.precision=fp32", *overrides), preload=PRELOAD)
-    torch.testing.assert_close(losses(tmp_path), losses(one_rank), rtol=2e-5, atol=0)
-    expected = checkpoint_tensors(one_rank / "checkpoints/step_00000004")
-    for name, tensor in checkpoint_tensors(tmp_path / "checkpoints/step_00000004").items():
+    for ours, theirs in zip(records(tmp_path), records(alone), strict=True):
+        torch.testing.assert_close(
+            [ours["loss"], ours["grad_norm"]], [theirs["loss"], theirs["grad_norm"]], rtol=2e-5, atol=0
+        )
+        assert ours["tokens"] == theirs["tokens"]
+        torch.testing.assert_close(ours["load_entropy"], theirs["load_entropy"], rtol=0, atol=1e-3)
+    (validated,), (expected_validated,) = (records(run, "validation.jsonl") for run in (tmp_path, alone))
+    torch.testing.assert_close(validated, expected_validated, rtol=2e-5, atol=0)
+    expected, found = (checkpoint_tensors(run / "checkpoints/step_00000004") for run in (alone, tmp_path))
+    assert {n for n in found if not n.startswith("rank/")} == {n for n in expected if not n.startswith("rank/")}
+    for name, tensor in found.items():
         if name.startswith("model/"):
             scale = expected[name].abs().max().clamp(min=1e-3)
             assert (tensor - expected[name]).abs().max() / scale < 1e-3, name
