@@ -22,8 +22,8 @@ class Mesh:
     Axes (names in AXES, meaning in grid.py): pp, dp, replicate, shard, cp, tp; ep, edp; dp_cp, shard_cp, dp_cp_tp.
     """
 
-    def __init__(self, config: MeshConfig, processes: Processes, timeout: timedelta | None = None):
-        """Forms the process groups: collective. timeout: of each group's operations (torch's own when None).
+    def __init__(self, config: MeshConfig, processes: Processes):
+        """Forms the process groups: collective.
 
         Raises ValueError, before any group forms, for sizes that do not fit the number of processes.
         """
@@ -36,7 +36,7 @@ class Mesh:
         for axis in AXES:
             extent = self.grid.extent(axis)
             if extent[0] > 1 and extent not in formed:
-                formed[extent] = _form(self.grid, axis, timeout)
+                formed[extent] = _form(self.grid, axis, processes.timeout)
         self._groups = {axis: formed.get(self.grid.extent(axis)) for axis in AXES}
         self._device_meshes: dict[tuple[str, ...], DeviceMesh] = {}
         self.dp: DeviceMesh | None = self.device_mesh("dp") if self.dp_size > 1 else None
@@ -101,11 +101,12 @@ class Mesh:
 
     def draw(self) -> str:
         """The grid in lines, for the start of a run: who sits where, on which node, and the groups of this rank."""
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or None  # what the launcher says, if it does
+        # What the launcher says, if it does: torchrun, srun (launch/slurm.sh) and accelerate, or deepspeed.
+        node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0) or None
         return drawing.draw(self.grid, self.processes.rank, node, f" on {self.processes.device.type}")
 
 
-def _form(grid: Grid, axis: str, timeout: timedelta | None) -> dist.ProcessGroup | None:
+def _form(grid: Grid, axis: str, timeout: timedelta) -> dist.ProcessGroup | None:
     """This rank's group of the axis. Collective over the job, which forms all groups of the axis at once."""
     everyone = dist.group.WORLD
     assert everyone is not None, "join() comes before the mesh"

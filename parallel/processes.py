@@ -19,12 +19,17 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and its job. `device` is where this rank computes."""
+    """This process and its job. `device` is where this rank computes.
+
+    timeout: how long it waits for the others in one operation. Every group of the job's ranks is formed with it: torch gives a
+    group that is not told half an hour, whatever the job's first group was told.
+    """
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=10)
 
     @property
     def first(self) -> bool:
@@ -60,8 +65,8 @@ class Processes:
 def join(device: str = "auto", timeout_seconds: float = 600.0, group_for_one: bool = False) -> Processes:
     """Joins the job that the launcher describes.
 
-    device: "cpu", "cuda" (NVIDIA and ROCm alike) or "auto". group_for_one: make a process group even for a single process,
-    for libraries that insist on one.
+    device: "cpu", "cuda" (NVIDIA and ROCm alike) or "auto". timeout_seconds: see Processes. group_for_one: make a process group
+    even for a single process, for libraries that insist on one.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -76,15 +81,16 @@ def join(device: str = "auto", timeout_seconds: float = 600.0, group_for_one: bo
     where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(where)
+    timeout = timedelta(seconds=timeout_seconds)
     if (world > 1 or group_for_one) and not dist.is_initialized():
-        options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+        options: dict[str, Any] = {"timeout": timeout}
         if "MASTER_ADDR" not in os.environ:  # a single process without a launcher
             store = tempfile.NamedTemporaryFile(prefix="braid_store_", delete=False)  # noqa: SIM115 (the group keeps it)
             options |= {"store": dist.FileStore(store.name, 1), "rank": 0, "world_size": 1}
         if on_gpu:
             options["device_id"] = where
         dist.init_process_group("nccl" if on_gpu else "gloo", **options)
-    return Processes(rank, world, local_rank, where)
+    return Processes(rank, world, local_rank, where, timeout)
 
 
 def leave() -> None:

@@ -40,6 +40,8 @@ class TrainConfig(Strict):
     """Activation checkpointing: full keeps only each block's input, selective also the results of matrix products."""
     compile: bool = False
     """torch.compile for every block. The first steps are slow; worth it on GPUs."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that a rank waits for the others in one operation; then the job ends instead of hanging."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights; data.seed fixes the order of the data."""
     initial: Path | None = None

@@ -133,6 +133,8 @@ class DeepSpeedEngine(Engine):
         if shared_memory is not None:
             deepspeed.ops.__compatible_ops__[shared_memory.NAME] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        if deepspeed.utils.groups._WORLD_GROUP is None:  # it would form one that waits for half an hour
+            deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=mesh.processes.timeout)
         self.model, self.stage, self.clip = model, config.stage, clip
         self.ranks = mesh.processes.world
         self.cut = partial(cut_batch, mesh=mesh)

@@ -37,7 +37,8 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
     """Trains, or goes on training, and returns the exit code. `extra` callbacks run before the built-in ones."""
     with Signals() as signals:
         layout.check(config, int(os.environ.get("WORLD_SIZE", 1)))  # before anybody waits for anybody
-        job = or_usage(lambda: processes.join(config.train.device, group_for_one=config.engine.kind == "deepspeed"))
+        alone = config.engine.kind == "deepspeed"  # which wants a group for one rank, too
+        job = or_usage(lambda: processes.join(config.train.device, config.train.timeout, group_for_one=alone))
         try:
             agreement = Agreement()
             with Lease(config.run, agreement=agreement):

@@ -110,8 +110,21 @@ def hybrid_shard(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, lis
 
 
 def patience(rank: int, world: int) -> float:
-    """Seconds that a group formed with timeout=7 s waits."""
-    ours = Mesh(MeshConfig(tp=2), Processes(rank, world, rank, CPU), timeout=timedelta(seconds=7))
+    """Seconds that a group waits in a job that waits 7 s."""
+    ours = Mesh(MeshConfig(tp=2), Processes(rank, world, rank, CPU, timedelta(seconds=7)))
     group = ours.group("tp")
     assert group is not None
     return float(group._get_backend(CPU).options._timeout.total_seconds())
+
+
+def hung(rank: int, world: int) -> str:
+    """What a rank is told whose neighbour in its tp group never comes; the job waits one second."""
+    ours = Mesh(MeshConfig(tp=2), Processes(rank, world, rank, CPU, timedelta(seconds=1)))
+    said = ""
+    if ours.rank("tp") == 0:
+        try:
+            dist.all_reduce(torch.ones(1), group=ours.group("tp"))
+        except RuntimeError as error:
+            said = str(error)
+    dist.barrier()  # the first group, which waits longer: nobody leaves, for that alone would end the wait
+    return said
