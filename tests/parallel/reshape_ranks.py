@@ -12,11 +12,19 @@ from torch.distributed.fsdp import fully_shard
 from parallel.expert.apply import apply_experts
 from parallel.layout import boxes, local
 from parallel.mesh import Mesh
+from parallel.pipeline.plan import Plan
 from parallel.share import Share
-from parallel.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
+from parallel.state import (
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    named_parameters,
+    optimizer_tensors,
+)
 from parallel.tensor import apply_tensor
 from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.model.decoder import Decoder
+from pretrain.model.stage import Stage, Stages
 from tests.parallel.tensor_ranks import Held, held, mesh_of
 from tests.pretrain.families import build
 
@@ -28,6 +36,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp 2 x dp 2": (4, {"tp": 2, "dp": 2}),
     "ep 2": (2, {"ep": 2, "dp": 2}),
     "tp 2, expert tensor": (2, {"tp": 2, "expert_tensor": True}),
+    "pp 2 in a V x dp 2": (4, {"pp": 2, "pp_schedule": "zbv", "pp_layers": [1, 0, 1, 0], "dp": 2}),
+    "pp 2 x tp 2": (4, {"pp": 2, "tp": 2}),
 }
 CHANGES: dict[str, Any] = {  # copies of key heads and groups, fused rows, experts, a whole head
     "mixers": {
@@ -40,23 +50,33 @@ CHANGES: dict[str, Any] = {  # copies of key heads and groups, fused rows, exper
     },
     "layers": ["a + e", "m + h"],
     "tie_embeddings": False,
+    "multi_token": {"layer": "a + h"},  # which has the last stage of a pipeline hold the embedding, too
 }
 
 
-def job(rank: int, world: int, sizes: dict[str, Any], seed: int) -> tuple[Mesh, Decoder, torch.optim.Optimizer]:
+Model = Decoder | Stages
+
+
+def job(rank: int, world: int, sizes: dict[str, Any], seed: int) -> tuple[Mesh, Model, torch.optim.Optimizer]:
     """A model and its optimizer on a layout."""
     mesh = mesh_of(rank, world, **sizes)
-    model = build("mixer attention", seed, **CHANGES)
-    apply_tensor(model, mesh)
-    apply_experts(model, mesh)
-    if mesh.dp is not None and mesh.size("ep") == 1:
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh.dp)
-        fully_shard(model, mesh=mesh.dp, reshard_after_forward=False)
+    whole = build("mixer attention", seed, **CHANGES)
+    parts: list[Decoder] = [whole]
+    if mesh.size("pp") > 1:
+        plan = Plan.of(sizes.get("pp_schedule", "1f1b"), mesh.size("pp"), [1.0, 1.0], counts=sizes.get("pp_layers"))
+        parts = [Stage(whole, plan.layers, index) for index in plan.held_by(mesh.rank("pp"))]
+    for part in parts:
+        apply_tensor(part, mesh)
+        apply_experts(part, mesh)
+        if mesh.dp is not None and mesh.size("ep") == 1:
+            for block in part.layers():
+                fully_shard(block, mesh=mesh.dp)
+            fully_shard(part, mesh=mesh.dp, reshard_after_forward=False)
+    model = whole if parts == [whole] else Stages(parts)
     return mesh, model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def state(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
 
 
@@ -66,6 +86,8 @@ def save(rank: int, world: int, sizes: dict[str, Any], folder: str) -> Held:
     for name, tensor in state(model, optimizer).items():
         scramble(name, tensor)
     tensors = state(model, optimizer)
+    load_model_tensors(model, tensors)  # into second copies, as of an embedding at both ends of a V
+    load_optimizer_tensors(model, optimizer, tensors)
     Checkpoints(Path(folder)).save(2, tensors, {"step": 2})
     return held(tensors)
 
@@ -90,7 +112,17 @@ def load(rank: int, world: int, sizes: dict[str, Any], folders: dict[str, str]) 
         load_model_tensors(model, tensors)
         load_optimizer_tensors(model, optimizer, tensors)
         found[name] = held(state(model, optimizer))
+        check_copies(model, optimizer)
     return found
+
+
+def check_copies(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Parameters of one name in two stages are equal, and so is their optimizer state."""
+    first: dict[str, Tensor] = {}
+    for name, parameter in named_parameters(model):
+        one = first.setdefault(name, parameter)
+        for a, b in zip([one, *optimizer.state[one].values()], [parameter, *optimizer.state[parameter].values()]):
+            assert torch.equal(local(a), local(b)), name
 
 
 def copies(rank: int, world: int) -> Held:

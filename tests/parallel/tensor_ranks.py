@@ -98,6 +98,9 @@ Blocks = list[tuple[tuple[int, ...], Tensor]]
 Held = dict[str, tuple[tuple[int, ...], Blocks]]
 
 
+NONE: tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]] = ((), [])  # of a tensor that a rank has no part of
+
+
 def held(tensors: Mapping[str, Tensor]) -> Held:
     """name -> (whole shape, this rank's blocks with their offsets)."""
     found: Held = {}
@@ -113,10 +116,10 @@ def assemble(ranks: list[Held]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
         shape = next(rank for rank in ranks if name in rank)[name][0]
-        tensor = torch.zeros(shape, dtype=next(block.dtype for rank in ranks for _, block in rank[name][1]))
+        tensor = torch.zeros(shape, dtype=next(block.dtype for rank in ranks for _, block in rank.get(name, NONE)[1]))
         seen = torch.zeros(shape, dtype=torch.bool)
         for rank in ranks:
-            for offsets, block in rank[name][1]:
+            for offsets, block in rank.get(name, NONE)[1]:
                 place = tuple(slice(start, start + size) for start, size in zip(offsets, block.shape))
                 assert torch.equal(tensor[place].masked_select(seen[place]), block.masked_select(seen[place])), name
                 tensor[place], seen[place] = block, True

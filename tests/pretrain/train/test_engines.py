@@ -86,6 +86,17 @@ def test_fp32_training_agrees_with_one_rank(layout: str, one_rank: Any, corpus: 
             assert (tensor - expected[name]).abs().max() / scale < 1e-3, name
 
 
+def test_a_run_goes_on_through_pipelines(one_rank: Any, corpus: Path, tmp_path: Path) -> None:
+    """A pipeline in a V, one rank, another pipeline: the same losses as one rank all along."""
+    alone, fp32 = one_rank(DEEP), (STEPS, "train.precision=fp32", *DEEP)
+    pipeline = ("mesh.pp=2", "mesh.pp_schedule=zbv")
+    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, *pipeline), 1, preload=PRELOAD)
+    run_ranks(train_on_rank, 1, tmp_path, corpus, fp32, 2, preload=PRELOAD)
+    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, *pipeline), 3, preload=PRELOAD)
+    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, "mesh.pp=2"), preload=PRELOAD)
+    torch.testing.assert_close(losses(tmp_path), losses(alone), rtol=2e-5, atol=0)
+
+
 def test_bf16_training_agrees_with_one_rank(corpus: Path, tmp_path: Path) -> None:
     """In bf16 a rounding may also send a token to another expert: losses agree to 1e-2 over four steps."""
     runs = {"one": (1, ()), "fsdp2": (2, ()), "zero2": (2, ("engine.kind=deepspeed",))}
