@@ -11,15 +11,12 @@ import argparse
 import os
 import random
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.exit import ERROR, FINISHED, USAGE
 
 if TYPE_CHECKING:
-    from parallel.mesh import MeshConfig
-    from parallel.processes import Processes
     from pretrain.config import RunConfig
     from pretrain.equivalence.compare import Verdict
 
@@ -79,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     from parallel import processes
     from pretrain.config import ConfigError
     from pretrain.equivalence import layouts
+    from pretrain.equivalence.gate import judge
 
     world = arguments.list or int(os.environ.get("WORLD_SIZE", 1))
     speaks = os.environ.get("RANK", "0") == "0"
@@ -103,56 +101,27 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(layouts.name(mesh, world) for mesh in meshes))
         return FINISHED
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     job = processes.join(config.train.device)
     try:
-        verdicts = judge(config, meshes, job)
+        verdicts = judge(config, meshes, job, say)
         differing = sum(not verdict.agrees for verdict in verdicts.values())
-        if job.first:
+        if speaks:
             _report(verdicts, said, world)
         return ERROR if job.broadcast(differing) else FINISHED
     finally:
         processes.leave()
 
 
-def judge(config: RunConfig, meshes: list[MeshConfig], job: Processes) -> dict[str, Verdict]:
-    """Trains on every layout, and on the first rank compares with that rank alone; elsewhere the answer is empty. Collective."""
-    from parallel.engines import TorchConfig
-    from parallel.mesh import MeshConfig
-    from parallel.processes import Processes
-    from pretrain.equivalence.compare import compare, idle
-    from pretrain.equivalence.layouts import name
-    from pretrain.equivalence.training import Outcome, joined, rows, run
-
-    assert config.model.vocabulary is not None
-    batches = rows(config.train.steps, config.train.batch, config.data.sequence_length, config.model.vocabulary)
-    single = config.model_copy(update={"mesh": MeshConfig(), "engine": TorchConfig()})
-    alone: dict[int, Outcome] = {}  # by the number of rows in a micro-batch
-    verdicts: dict[str, Verdict] = {}
-    for number, mesh in enumerate(meshes):
-        start = time.perf_counter()
-        dp = mesh.grid(job.world).dp
-        if job.first and dp not in alone:
-            alone[dp] = run(single, Processes(0, 1, job.local_rank, job.device), joined(batches, dp))
-            if len(alone) == 1 and (silent := idle(alone[dp])):
-                print(f"no gradient on one rank, so not judged: {', '.join(silent)}", file=sys.stderr)
-        found = run(config.model_copy(update={"mesh": mesh}), job, batches)
-        if job.first:
-            verdict = verdicts[name(mesh, job.world)] = compare(found, alone[dp])
-            said = "equal" if verdict.agrees else "DIFFERS: " + "; ".join(verdict.faults())
-            seconds = time.perf_counter() - start
-            print(
-                f"{number + 1}/{len(meshes)} {name(mesh, job.world)}: {said} ({seconds:.1f} s)",
-                file=sys.stderr,
-                flush=True,
-            )
-    return verdicts
-
-
 def configuration(arguments: argparse.Namespace, world: int) -> tuple[RunConfig, list[str]]:
     """(a short fp32 run of the model that a file describes, how it was shrunk). Raises ConfigError."""
     from pydantic import ValidationError
 
-    from pretrain.config import ConfigError, RunConfig, explain, read_yaml
+    from pretrain.config import ConfigError, explain, read_yaml
+    from pretrain.equivalence.gate import short_run
     from pretrain.equivalence.shrink import VOCABULARY, shrink
     from pretrain.model.decoder import DecoderConfig
     from pretrain.model.files import model_section
@@ -164,27 +133,17 @@ def configuration(arguments: argparse.Namespace, world: int) -> tuple[RunConfig,
         raise ConfigError(str(error)) from None
     if not isinstance(section, dict):
         raise ConfigError(f"{arguments.config}: has no section `model:`; give a model file or a run file")
-    engine = {"kind": arguments.engine} | ({"stage": arguments.stage} if arguments.stage else {})
-    whole = {
-        "run": "runs/none",
-        "model": section,
-        "data": {"path": "none", "sequence_length": arguments.length},
-        # Two micro-batches or more on every rank and through every pipeline, and clipping that acts.
-        "train": {"steps": arguments.steps, "batch": 2 * world, "precision": "fp32", "clip": 0.1},
-        # A large eps, so that rounding in a tiny gradient is not blown up to a whole step.
-        "optimizer": {"kind": "adamw", "lr": 1e-2, "eps": 1e-3},
-        "engine": engine,
-    }
     try:
         model = DecoderConfig.model_validate(section)
-        said: list[str] = []
-        if not arguments.as_it_is:
-            model, said = shrink(model, world)
-        elif model.vocabulary is None:
-            model = model.model_copy(update={"vocabulary": VOCABULARY})
-        return RunConfig.model_validate(whole).model_copy(update={"model": model}), said
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{arguments.config}: {line}" for line in explain(error, section))) from None
+        raise ConfigError("\n".join(f"{arguments.config}: model.{line}" for line in explain(error, section))) from None
+    said: list[str] = []
+    if not arguments.as_it_is:
+        model, said = shrink(model, world)
+    elif model.vocabulary is None:
+        model = model.model_copy(update={"vocabulary": VOCABULARY})
+    engine = {"kind": arguments.engine} | ({"stage": arguments.stage} if arguments.stage else {})
+    return short_run(model, world, engine, arguments.steps, arguments.length), said
 
 
 def _report(verdicts: dict[str, Verdict], said: list[str], world: int) -> None:

@@ -20,7 +20,7 @@ ROUNDED = 5e-3
 
 
 class Finding(NamedTuple):
-    """The largest difference of one kind, and the tensor (or step, or router) that shows it. others: how many more are too large."""
+    """The largest difference of one kind, and the tensor (step, router) that shows it. others: how many more are too large."""
 
     error: float
     where: str = ""

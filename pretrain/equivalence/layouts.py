@@ -40,17 +40,21 @@ def parse(text: str, config: RunConfig, world: int) -> MeshConfig:
 def legal(config: RunConfig, world: int) -> list[MeshConfig]:
     """Every layout that the model allows on so many ranks, fewest axes first, in each of its ways to pass keys and batches on."""
     found = []
-    for mesh in (variant for plain in layouts(world) for variant in _variants(plain, config)):
-        try:
-            layout.check(config.model_copy(update={"mesh": mesh}), world)
-        except ConfigError:
-            continue
-        found.append(mesh)
+    for plain in layouts(world):
+        if _fits(plain, config, world):
+            found += [plain, *(variant for variant in _variants(plain, config) if _fits(variant, config, world))]
     return found
 
 
+def _fits(mesh: MeshConfig, config: RunConfig, world: int) -> bool:
+    try:
+        layout.check(config.model_copy(update={"mesh": mesh}), world)
+    except ConfigError:
+        return False
+    return True
+
+
 def _variants(mesh: MeshConfig, config: RunConfig) -> Iterator[MeshConfig]:
-    yield mesh
     attends = any(getattr(mixer, "kind", "") in ATTENDING for mixer in config.model.mixers.values())
     ring = [{"context": "ring"}] if mesh.cp > 1 and attends and config.engine.kind == "torch" else []
     schedules = [{"pp_schedule": "interleaved"}, {"pp_schedule": "zbv"}] if mesh.pp > 1 else []

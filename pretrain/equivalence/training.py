@@ -115,14 +115,19 @@ def _leave(mesh: Mesh) -> None:
 
 
 def rows(steps: int, count: int, length: int, vocabulary: int) -> list[list[Batch]]:
-    """Packed rows of `length` random tokens with random borders, `count` for each step."""
+    """Packed rows of `length` random tokens, `count` for each step: documents of any length, and parts without targets."""
     generator = torch.Generator().manual_seed(0)
+
+    def draw(end: int) -> int:
+        return int(torch.randint(0, end, (), generator=generator))
+
     made = []
     for _ in range(steps * count):
         tokens = torch.randint(0, vocabulary, (1, length), generator=generator)
-        borders = (torch.randperm(length - 1, generator=generator)[:3] + 1).sort().values
+        borders = (torch.randperm(length - 1, generator=generator)[: draw(4)] + 1).sort().values
         targets = tokens.roll(-1, dims=1)
         targets[:, torch.cat((borders - 1, torch.tensor([length - 1])))] = IGNORE
+        targets[:, : draw(length // 2)] = IGNORE  # ranks and micro-batches must not weigh the same
         made.append(Batch(tokens, targets, torch.tensor([0, *borders.tolist(), length], dtype=torch.int32)))
     return [made[step * count : (step + 1) * count] for step in range(steps)]
 
