@@ -129,38 +129,34 @@ def import_(path: Path, out: Path) -> int:
 
 
 def faults_of_tensors(path: Path) -> list[str]:
-    """Read every tensor stored at `path`; a line for each that cannot be read or holds NaN or infinity."""
+    """Read all bytes stored at `path`: a line for each damaged block; if there is none, for each tensor with NaN or infinity."""
     import torch
 
     from pretrain.checkpoint import storage
     from pretrain.checkpoint.errors import CheckpointError
+    from pretrain.checkpoint.planned import Reader
 
-    def read(names: list[str]) -> list[str]:
-        if not names:
-            return []
+    def not_finite(names: list[str]) -> list[str]:
         tensors = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype) for name in names}
-        try:
-            storage.read(path, tensors, subset=True)
-        except CheckpointError as error:
-            # One by one, to say which.
-            return [fault for name in names for fault in read([name])] if len(names) > 1 else [f"{names[0]}: {error}"]
+        storage.read(path, tensors, subset=True)
         bad = [(n, int((~t.isfinite()).sum())) for n, t in tensors.items() if t.is_floating_point()]
         return [f"{name}: {count} of {tensors[name].numel()} numbers are not finite" for name, count in bad if count]
 
     try:
+        if faults := Reader(path).check():
+            return faults
         stored = storage.contents(path)
+        batch: list[str] = []
+        size = 0
+        for name in sorted(stored):
+            batch.append(name)
+            size += stored[name].bytes
+            if size >= BATCH_BYTES:
+                faults += not_finite(batch)
+                batch, size = [], 0
+        return faults + (not_finite(batch) if batch else [])
     except CheckpointError as error:
         return [str(error)]
-    faults: list[str] = []
-    batch: list[str] = []
-    size = 0
-    for name in sorted(stored):
-        batch.append(name)
-        size += stored[name].bytes
-        if size >= BATCH_BYTES:
-            faults += read(batch)
-            batch, size = [], 0
-    return faults + read(batch)
 
 
 def _find(path: Path) -> list[Entry]:

@@ -2,8 +2,9 @@
 
     checkpoints/
       step_00000100/              a committed checkpoint: it got this name by a rename, after every byte was on disk
-        meta.json                 written last: step, sequence, files with their sizes, and the training loop's own
-        state .metadata  __0_0.distcp   the tensors (storage.py)
+        meta.json                 written last and sealed: step, sequence, files with their sizes, the hash of the index,
+                                  and the training loop's own state
+        index.json 00000.data 00000.sums   the tensors (planned.py)
       step_00000100.2/            step 100 saved a second time (after a resume); it supersedes the first
       latest                      text: the name of the newest; for people and scripts, nothing here depends on it
       .step_00000200.x1y2.partial a save under way, or one whose job died; swept when the next job starts
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.durable import read_json
 from pretrain.checkpoint.errors import NoLoadableCheckpoint
+from pretrain.checkpoint.sealed import read_sealed
 
 META = "meta.json"
 LATEST = "latest"
@@ -64,7 +65,7 @@ def inspect(path: Path) -> Entry | None:
         return None
     step, attempt = int(match[1]), int(match[2] or 1)
     try:
-        record = read_json(path / META)
+        record = read_sealed(path / META)
     except FileNotFoundError:
         return Entry(path, step, attempt, {}, f"{META} is missing")
     except (OSError, ValueError) as error:
@@ -83,6 +84,7 @@ def _shape_of_record(record: Any) -> str:
         ("step", int),
         ("sequence", int),
         ("world", int),
+        ("index", str),
         ("files", dict),
         ("meta", dict),
     ):

@@ -27,9 +27,11 @@ from torch import Tensor
 from pretrain.checkpoint import folder as on_disk
 from pretrain.checkpoint import points, storage
 from pretrain.checkpoint.agreement import Agreement
-from pretrain.checkpoint.durable import fsync_folder, write_json, write_text
+from pretrain.checkpoint.durable import fsync_folder, write_text
 from pretrain.checkpoint.errors import CheckpointError, NoLoadableCheckpoint
 from pretrain.checkpoint.folder import Entry
+from pretrain.checkpoint.planned import INDEX
+from pretrain.checkpoint.sealed import seal, write_sealed
 
 State = dict[str, Tensor]
 
@@ -134,10 +136,11 @@ class Checkpoints:
             "world": self.agreement.world,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "files": files,
+            "index": seal(fresh / INDEX),
             "per_rank": per_rank,
             "meta": dict(meta),
         }
-        write_json(fresh / on_disk.META, record)
+        write_sealed(fresh / on_disk.META, record)
         points.reached("manifest")
         final = self.folder / on_disk.checkpoint_name(step, 1 + max(attempts, default=0))
         fresh.rename(final)
@@ -282,4 +285,6 @@ def _complete(path: Path) -> Entry:
         raise ValueError(f"{path} is not a checkpoint (a folder named like {on_disk.checkpoint_name(100)})")
     if entry.fault:
         raise CheckpointError(f"{path}: {entry.fault}")
+    if seal(path / INDEX) != entry.record["index"]:
+        raise CheckpointError(f"{path / INDEX} is damaged, or of another save than {on_disk.META}")
     return entry

@@ -4,13 +4,11 @@ The planner gives each rank the shards that it holds and keeps one copy of what 
 whatever the new layout needs out of whatever the old layout wrote. So one checkpoint serves any number of ranks and
 any sharding. Whether a folder counts as a checkpoint is not decided here (lifecycle.py).
 
-The index that the planner writes, `.metadata`, is a pickle: read checkpoints of people whom you would let run code.
+What the bytes look like is planned.py's.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -20,14 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain.checkpoint import points
-from pretrain.checkpoint.agreement import Agreement, describe
+from pretrain.checkpoint.agreement import Agreement
 from pretrain.checkpoint.durable import fsync_folder
-from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.folder import META
+from pretrain.checkpoint.planned import Reader, Writer, read_index
 
 
 @dataclass(frozen=True)
@@ -45,35 +42,6 @@ class Spec:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-class _RecordingFiles(FileSystem):
-    """The planner's view of the disk, which also notes each file written. A content hash belongs here, too."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        if "w" in mode:
-            points.reached("writing")
-        try:
-            with super().create_stream(path, mode) as stream:
-                yield stream
-        except Exception as error:
-            # On a full disk torch.save ends in an internal error of its zip writer; what happened lies beneath.
-            beneath: BaseException | None = error
-            while beneath is not None and not isinstance(beneath, OSError):
-                beneath = beneath.__context__
-            if isinstance(beneath, OSError) and beneath is not error:
-                raise OSError(beneath.errno, beneath.strerror, str(path)) from error
-            raise
-        if "w" in mode:
-            self.sizes[Path(path).name] = Path(path).stat().st_size
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.sizes[Path(new_path).name] = self.sizes.pop(Path(path).name)
-
-
 def write(folder: Path, tensors: Mapping[str, Tensor], agreement: Agreement | None = None) -> dict[str, int]:
     """Write named tensors to `folder`, which exists and is empty. Collective over `agreement`.
 
@@ -84,13 +52,10 @@ def write(folder: Path, tensors: Mapping[str, Tensor], agreement: Agreement | No
     the folder. Raises CheckpointError on every rank if any rank failed; files may then be left behind.
     """
     agreement = agreement or Agreement()
-    files = _RecordingFiles()
+    writer = Writer(folder, agreement.rank)
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
 
     def save() -> dict[str, int]:
-        # One writer thread: torch drops the errors of the others.
-        writer = dcp.FileSystemWriter(folder, sync_files=True, thread_count=1, overwrite=False)
-        writer.fs = files
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with _no_warning_about_one_process():
             dcp.save(
@@ -102,7 +67,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], agreement: Agreement | No
             )
         fsync_folder(folder)
         points.reached("written")
-        return files.sizes
+        return writer.sizes
 
     written = agreement.everyone(f"writing {folder}", save)
     return {name: size for sizes in written for name, size in sizes.items()}
@@ -110,10 +75,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], agreement: Agreement | No
 
 def contents(folder: Path) -> dict[str, Spec]:
     """Name, shape and dtype of every tensor stored in `folder`. Raises CheckpointError if its index cannot be read."""
-    try:
-        index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # unpickling damaged bytes raises nearly anything
-        raise CheckpointError(f"cannot read the index {folder / '.metadata'}: {describe(error)}") from error
+    index = read_index(folder)[0].state_dict_metadata
     return {
         name: Spec(tuple(entry.size), entry.properties.dtype)
         for name, entry in index.items()
@@ -172,10 +134,11 @@ def read(
     detached: dict[str, Tensor] = {name: tensor.detach() for name, tensor in tensors.items()}
 
     def load() -> None:
+        reader = Reader(folder)
         with _no_warning_about_one_process():
             dcp.load(
                 detached,
-                storage_reader=dcp.FileSystemReader(folder),
+                storage_reader=reader,
                 planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 process_group=agreement.group,
                 no_dist=not agreement.distributed,

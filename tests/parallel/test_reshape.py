@@ -60,7 +60,7 @@ def test_all_layouts_write_the_same(written: dict[str, Any]) -> None:
         assert all(torch.equal(plain[key], tensor) for key, tensor in one.items()), name
         index = FileSystemReader(path).read_metadata().state_dict_metadata.values()
         blocks = sum(len(entry.chunks) for entry in index if isinstance(entry, TensorStorageMetadata))
-        size = sum(file.stat().st_size for file in path.glob("*.distcp"))
+        size = sum(file.stat().st_size for file in path.glob("*.data"))
         assert size < sum(spec.bytes for spec in stored.values()) + 2048 * blocks, name  # with each block's header
 
 

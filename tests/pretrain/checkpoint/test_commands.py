@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from pretrain.checkpoint.__main__ import main
 from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.checkpoint.planned import read_index
 from tests.ranks import launch
 
 
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 
 def damage(run: Path, *steps: int) -> None:
     for step in steps:
-        (run / "checkpoints" / f"step_000000{step}" / ".metadata").unlink()
+        (run / "checkpoints" / f"step_000000{step}" / "index.json").unlink()
 
 
 def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +34,7 @@ def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["checkpoint", "step_00000030", "step_00000020", "step_00000010"]
-    assert lines[1].rstrip().endswith("damaged: .metadata is missing")
+    assert lines[1].rstrip().endswith("damaged: index.json is missing")
     assert lines[2].rstrip().endswith("newest") and lines[3].rstrip().endswith("complete")
     damage(run, 10, 20)
     assert main(["list", str(run / "checkpoints")]) == 78
@@ -64,7 +64,7 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run)]) == 1
     out = capsys.readouterr().out
     assert "  model/w: 2 of 300 numbers are not finite" in out and "model/ok" not in out
-    data = one / "__0_0.distcp"
+    data = one / "00000.data"
     data.write_bytes(data.read_bytes()[:-1])
     assert main(["verify", str(one)]) == 78
     assert "instead of" in capsys.readouterr().out
@@ -75,15 +75,16 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_reads_the_bytes_and_names_the_tensor(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Damage that leaves the size as it was, in one tensor of three."""
     one = run / "checkpoints" / "step_00000030"
-    stored = FileSystemReader(one).read_metadata().storage_data
-    place = next(place for index, place in stored.items() if index.fqn == "rank/0/rng")
-    data = one / place.relative_path
+    place = next(place for index, place in read_index(one)[1].items() if index.fqn == "rank/0/rng")
+    data = one / place.file
     content = bytearray(data.read_bytes())
-    content[place.offset : place.offset + 64] = bytes(64)
+    content[place.start] ^= 4
     data.write_bytes(bytes(content))
     assert main(["verify", str(one)]) == 78
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"{one}: damaged" and second.startswith("  rank/0/rng: reading ")
+    assert first == f"{one}: damaged"
+    assert second.startswith(f"  {data} (written by rank 0): block 1 of 1 (bytes 0 to {len(content) - 1}) is damaged: ")
+    assert f"bit 2 of byte {place.start} is flipped, and nothing else" in second and "rank/0/rng" in second
 
 
 def test_usage_errors_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

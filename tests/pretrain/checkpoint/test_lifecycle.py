@@ -129,11 +129,11 @@ def test_full_disk_and_failing_disk_reach_every_rank_and_leave_nothing(tmp_path:
     ("damage", "said"),
     [
         (
-            lambda path: (path / "__0_0.distcp").write_bytes((path / "__0_0.distcp").read_bytes()[:-1]),
+            lambda path: (path / "00000.data").write_bytes((path / "00000.data").read_bytes()[:-1]),
             "bytes instead of",
         ),
-        (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-        (lambda path: (path / ".metadata").write_bytes(b""), ".metadata has 0 bytes"),
+        (lambda path: (path / "00000.data").unlink(), "00000.data is missing"),
+        (lambda path: (path / "index.json").write_bytes(b""), "index.json has 0 bytes"),
         (lambda path: (path / "meta.json").unlink(), "meta.json is missing"),
         (lambda path: (path / "meta.json").write_text("{"), "damaged"),
         (lambda path: (path / "meta.json").write_text('{"format": 1}'), "damaged"),
@@ -154,26 +154,26 @@ def test_damaged_checkpoint_is_skipped_with_one_line(tmp_path: Path, damage: Any
 
 def test_damage_that_keeps_the_size_is_walked_back_over(tmp_path: Path) -> None:
     small(tmp_path, [10, 20])
-    index = tmp_path / "step_00000020" / ".metadata"
+    index = tmp_path / "step_00000020" / "index.json"
     index.write_bytes(b"\0" * index.stat().st_size)
     lines: list[str] = []
     checkpoints = Checkpoints(tmp_path, report=lines.append)
     assert value(checkpoints) == 10
-    assert len(lines) == 1 and "cannot read the index" in lines[0]
+    assert len(lines) == 1 and "index.json is damaged, or of another save than meta.json" in lines[0]
 
 
 def test_none_loadable_ends_with_78(tmp_path: Path) -> None:
     small(tmp_path, [10, 20])
     for step in (10, 20):
-        (tmp_path / f"step_000000{step}" / ".metadata").unlink()
-    with pytest.raises(NoLoadableCheckpoint, match=r"none of the 2 checkpoints.*\.metadata is missing") as caught:
+        (tmp_path / f"step_000000{step}" / "index.json").unlink()
+    with pytest.raises(NoLoadableCheckpoint, match=r"none of the 2 checkpoints.*index\.json is missing") as caught:
         Checkpoints(tmp_path, report=lambda line: None).newest()
     assert caught.value.exit_code == 78
 
 
 def test_all_complete_but_unreadable_ends_with_78(tmp_path: Path) -> None:
     checkpoints = small(tmp_path, [10], report=lambda line: None)
-    index = tmp_path / "step_00000010" / ".metadata"
+    index = tmp_path / "step_00000010" / "index.json"
     index.write_bytes(b"\0" * index.stat().st_size)
     with pytest.raises(NoLoadableCheckpoint) as caught:
         value(checkpoints)
@@ -217,7 +217,7 @@ def test_what_is_removed_loses_its_name_before_its_files(tmp_path: Path) -> None
 
 def test_retention_counts_only_complete_ones(tmp_path: Path) -> None:
     checkpoints = small(tmp_path, [10, 20], keep=2)
-    (tmp_path / "step_00000020" / ".metadata").unlink()
+    (tmp_path / "step_00000020" / "index.json").unlink()
     small(tmp_path, [30], keep=2)
     assert [entry.step for entry in checkpoints.list()] == [30, 20, 10]  # 10 is one of the two that can be loaded
     small(tmp_path, [40], keep=2)

@@ -68,7 +68,7 @@ def test_parameters_that_require_grad_are_filled_in_place(tmp_path: Path) -> Non
 
 def test_a_folder_that_holds_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:
     storage.write(tmp_path, {"model/w": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="already exists"):
+    with pytest.raises(CheckpointError, match="File exists"):
         storage.write(tmp_path, {"model/w": torch.zeros(2)})
     w = torch.zeros(2)
     storage.read(tmp_path, {"model/w": w})
@@ -77,7 +77,7 @@ def test_a_folder_that_holds_a_checkpoint_is_never_written_over(tmp_path: Path) 
 
 def test_damage_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     storage.write(tmp_path, {"model/w": torch.ones(200)})
-    data = tmp_path / "__0_0.distcp"
+    data = tmp_path / "00000.data"
     data.write_bytes(data.read_bytes()[:-300])
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         storage.read(tmp_path, {"model/w": torch.zeros(200)})

@@ -1,0 +1,218 @@
+"""Files that are hashed block by block from memory as they are written, and checked block by block as they are read.
+
+Beside `NAME.data` stands `NAME.sums` with one record a block of 4 MiB: its xxh3-128 hash, and the words of an extended Hamming
+code (R. W. Hamming, "Error detecting and error correcting codes", 1950) over its 64-bit words. The hash says that a block is
+damaged; the code then says whether one flipped bit explains it, and which. That tells failing hardware from a torn write.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pretrain.checkpoint.errors import CheckpointError
+
+BLOCK = 4 << 20
+_LEVELS = (BLOCK // 8).bit_length() - 1  # bits in the number of a word
+_HASH = 16
+RECORD = _HASH + 8 * (_LEVELS + 1)
+
+Words = NDArray[np.uint64]
+
+
+def code(block: Words) -> Words:
+    """The code of BLOCK / 8 words: the exclusive or of all words whose number has bit k set, for each k; then of all words."""
+    parts = []
+    words = block
+    while words.size > 1:
+        low, high = words[: words.size // 2], words[words.size // 2 :]
+        parts.append(np.bitwise_xor.reduce(high))
+        words = low ^ high
+    return np.array([*parts, words[0]], dtype=np.uint64)
+
+
+def flipped_bit(found: Words, wanted: Words) -> tuple[int, int] | None:
+    """(byte, bit) of the only bit in which two blocks can differ, by their codes; None when more than one must."""
+    difference = found ^ wanted
+    lane = int(difference[-1])
+    if lane == 0 or lane & (lane - 1):
+        return None
+    word = 0
+    for part in difference[:-1].tolist():
+        if part not in (0, lane):
+            return None
+        word = 2 * word + (part == lane)
+    bit = lane.bit_length() - 1
+    return word * 8 + bit // 8, bit % 8
+
+
+class DamagedBlock(CheckpointError):
+    """Bytes `start` to `end` (exclusive) of a file are not as they were written."""
+
+    def __init__(self, message: str, start: int, end: int):
+        super().__init__(message)
+        self.start, self.end = start, end
+
+
+class HashingWriter:
+    """A new file at `path` (which must not exist), and its sums. Data is copied once; a thread writes while this one hashes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0
+        self.sums = bytearray()
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._buffers = [bytearray(BLOCK), bytearray(BLOCK)]
+        self._pool = ThreadPoolExecutor(1, "checkpoint-writer")
+        self._pending: Future[None] | None = None
+
+    def write(self, data: memoryview) -> None:
+        """Appends bytes. Raises OSError naming the file."""
+        at = 0
+        while at < len(data):
+            offset = self.position % BLOCK
+            count = min(BLOCK - offset, len(data) - at)
+            self._buffers[0][offset : offset + count] = data[at : at + count]
+            at += count
+            self.position += count
+            if self.position % BLOCK == 0:
+                self._flush(BLOCK)
+
+    def align(self, multiple: int) -> None:
+        """Zeros up to the next multiple of so many bytes."""
+        self.write(memoryview(bytes(-self.position % multiple)))
+
+    def _flush(self, size: int) -> None:
+        block = self._buffers[0]
+        self._wait()
+        self._pending = self._pool.submit(self._write, block, size)
+        if size < BLOCK:
+            # The code is over a whole block; the writer's part of it is not touched.
+            block[size:] = bytes(BLOCK - size)
+        self.sums += xxhash.xxh3_128_digest(memoryview(block)[:size])
+        self.sums += code(np.frombuffer(block, np.uint64)).tobytes()
+        self._buffers.reverse()
+
+    def _write(self, block: bytearray, size: int) -> None:
+        view = memoryview(block)[:size]
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def finish(self) -> None:
+        """Everything is on disk when this returns (the name is not: that takes an fsync of the folder)."""
+        if self.position % BLOCK:
+            self._flush(self.position % BLOCK)
+        self._wait()
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> HashingWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class CheckedReader:
+    """Reads a file of which `sums` is known. Every block that a read touches is checked first."""
+
+    def __init__(self, path: Path, size: int, sums: bytes, origin: str = "") -> None:
+        """size: in bytes, when it was written. origin: who wrote it, for messages. Raises CheckpointError if sizes differ."""
+        self.path, self.size, self.sums, self.origin = path, size, sums, origin
+        self._file = path.open("rb", buffering=0)
+        found = os.fstat(self._file.fileno()).st_size
+        if found != size:
+            self.close()
+            raise CheckpointError(
+                f"{path} has {found} bytes instead of {size}: cut off, or not the file that was written"
+            )
+        self._block = bytearray(BLOCK)
+        self._holds = -1
+
+    def readinto(self, target: memoryview, start: int) -> None:
+        """Fills `target` from byte `start` on. Raises CheckpointError naming file, block and kind of damage."""
+        at = 0
+        while at < len(target):
+            index, offset = divmod(start + at, BLOCK)
+            count = min(BLOCK - offset, len(target) - at)
+            self._load(index)
+            target[at : at + count] = memoryview(self._block)[offset : offset + count]
+            at += count
+
+    def check(self) -> list[DamagedBlock]:
+        """Reads every block; returns those that are damaged."""
+        found = []
+        for index in range(-(-self.size // BLOCK)):
+            try:
+                self._load(index)
+            except DamagedBlock as error:
+                found.append(error)
+        return found
+
+    def _load(self, index: int) -> None:
+        if self._holds == index:
+            return
+        self._holds = -1
+        start, size = index * BLOCK, min(BLOCK, self.size - index * BLOCK)
+        self._file.seek(start)
+        view = memoryview(self._block)[:size]
+        done = 0
+        while done < size:
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{self.path} ends at byte {start + done} instead of {self.size}")
+            done += count
+        record = self.sums[index * RECORD : (index + 1) * RECORD]
+        if xxhash.xxh3_128_digest(view) != record[:_HASH]:
+            blocks = -(-self.size // BLOCK)
+            where = f"{self.path}{self.origin}: block {index + 1} of {blocks} (bytes {start} to {start + size - 1})"
+            kind = _diagnosis(self._block, size, record, start)
+            raise DamagedBlock(f"{where} is damaged: {kind}", start, start + size)
+        self._holds = index
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> CheckedReader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _diagnosis(block: bytearray, size: int, record: bytes, start: int) -> str:
+    whole = bytearray(BLOCK)
+    whole[:size] = block[:size]
+    wanted = np.frombuffer(record[_HASH:], np.uint64)
+    place = flipped_bit(code(np.frombuffer(whole, np.uint64)), wanted)
+    if place is not None and place[0] < size:
+        byte, bit = place
+        whole[byte] ^= 1 << bit
+        if xxhash.xxh3_128_digest(memoryview(whole)[:size]) == record[:_HASH]:
+            return f"bit {bit} of byte {start + byte} is flipped, and nothing else; memory, disk or network did that"
+    zeros = size - len(bytes(block[:size]).rstrip(b"\0"))
+    if zeros >= 512:
+        return f"it ends in {zeros} zero bytes; a write that never reached the disk"
+    return "many bits differ; a torn write, or another file's bytes"
