@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         Path(folder, "run").mkdir()
         loop = Loop(assemble(load(arguments.config, overrides), job, Agreement()), (), lambda: False)
         loop.begin()
+        model = loop.run.model
+        assert isinstance(model, Decoder)  # one process holds all of it
         optimizer = loop.run.engine.optimizer  # type: ignore[attr-defined]
         config, corpus = loop.run.config, loop.parts.loader.corpus
         reader = Loader(
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
                 if kind == "stack":
                     loop.once()
                 else:
-                    bare_step(loop.run.model, optimizer, batches, 1e-5)
+                    bare_step(model, optimizer, batches, 1e-5)
                 if pair >= 3:
                     (stack if kind == "stack" else bare).append(time.perf_counter() - start)
         loop.close()

@@ -65,14 +65,16 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, defer: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.defer = defer
+        ctx.save_for_backward(x)
+        # The parameter itself: where activations are computed again, what is saved comes back as another tensor, whose gradient
+        # nobody would see.
+        ctx.weight, ctx.defer = weight, defer
         return functional.linear(x, weight.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         ctx.defer(weight, x, dy)
         return (dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None), None, None
 

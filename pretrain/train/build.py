@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
         agreement=agreement,
     )
     engine = _first_engine(config, job, mesh, None if checkpoints.newest() else config.train.initial, agreement)
-    run = Run(config, job, engine, engine.model)
+    run = Run(config, job, engine, cast(Decoder | Stages, engine.model))
     checkpoints.sweep()
     resumed = or_usage(lambda: restore(run, checkpoints, loader))
     if job.first:

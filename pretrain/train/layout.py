@@ -44,18 +44,10 @@ def check(config: RunConfig, world: int) -> Grid:
 def _check_engine(config: RunConfig, grid: Grid) -> None:
     if config.engine.kind == "deepspeed":
         config.engine.check(grid, config.train.compile)
-    if grid.cp > 1 and config.model.multi_token is not None and grid.tp > 1:
-        raise ConfigError(
-            "mesh.cp and mesh.tp together do not go with model.multi_token yet; leave one of the three out"
-        )
 
 
 def _check_pipeline(config: RunConfig, model: Decoder, grid: Grid) -> None:
-    if config.engine.kind != "torch":
-        raise ConfigError(
-            f"mesh.pp={grid.pp}: the {config.engine.kind} engine runs its own loop over micro-batches; "
-            "use engine.kind=torch, or mesh.pp=1"
-        )
+    assert config.engine.kind == "torch"  # others have refused
     if config.engine.reduce_each_micro_batch:
         raise ConfigError(
             f"engine.reduce_each_micro_batch=true: a pipeline (mesh.pp={grid.pp}) reduces gradients once a step; leave it out"

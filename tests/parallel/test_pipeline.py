@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from parallel.pipeline import Plan, cut
 from parallel.pipeline.deferred import WeightGradients
@@ -211,6 +212,10 @@ def test_weight_gradients_wait_until_they_are_asked_for() -> None:
     assert torch.allclose(layer.weight.grad, expected[1]) and torch.allclose(layer.bias.grad, expected[2])
     run()  # each product is done once
     assert torch.allclose(layer.weight.grad, expected[1])
+    x.grad = layer.weight.grad = layer.bias.grad = None
+    checkpoint(lambda: layer(layer(x)[..., :1].expand(1, 4, 3)), use_reentrant=False).square().sum().backward()
+    deferred.take()()
+    assert torch.allclose(layer.weight.grad, expected[1]) and torch.allclose(x.grad, expected[0])
     layer.compile()
     with pytest.raises(ValueError, match="compiled blocks"):
         WeightGradients(layer)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pretrain.exit import NUMERICAL, Exit
+from pretrain.model.stage import Stages
 from pretrain.train.callback import Callback, Run
 from pretrain.train.loop import train
 from pretrain.train.signals import Preempted, Signals
@@ -22,13 +23,18 @@ PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 
 
 class Poison(Callback):
-    """Puts a NaN into one rank's weights' gradient path on the given steps, through a parameter hook."""
+    """Puts a NaN into one rank's forward pass on the given steps; in a pipeline into one gradient of that rank alone."""
 
     def __init__(self, steps: set[int], rank: int):
         self.steps, self.rank = steps, rank
 
     def on_start(self, run: Run) -> None:
-        if run.processes.rank == self.rank:
+        if run.processes.rank != self.rank:
+            return
+        if isinstance(run.model, Stages):
+            parameter = next(run.model.parameters())
+            parameter.register_hook(lambda gradient: gradient * math.nan if run.step + 1 in self.steps else gradient)
+        else:
             run.model.embedding.register_forward_hook(
                 lambda module, inputs, output: output * math.nan if run.step + 1 in self.steps else output
             )
@@ -42,7 +48,9 @@ def poisoned(rank: int, world: int, run: Path, corpus: Path, steps: set[int], ov
 
 
 @pytest.mark.parametrize(
-    ("world", "overrides"), [(1, ()), (2, ()), (2, ("engine.kind=deepspeed",))], ids=["one", "fsdp2", "zero2"]
+    ("world", "overrides"),
+    [(1, ()), (2, ()), (2, ("engine.kind=deepspeed",)), (2, ("mesh.pp=2",))],
+    ids=["one", "fsdp2", "zero2", "pipeline"],
 )
 def test_a_step_with_nan_on_one_rank_is_skipped_by_all(
     world: int, overrides: tuple[str, ...], corpus: Path, tmp_path: Path
@@ -50,7 +58,7 @@ def test_a_step_with_nan_on_one_rank_is_skipped_by_all(
     arguments = ("train.steps=4", "checkpoint.every=1", "checkpoint.keep=10", *overrides)
     assert run_ranks(poisoned, world, tmp_path, corpus, {3}, arguments, preload=PRELOAD) == [0] * world
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records[2]["loss"] is None and records[2]["grad_norm"] is None
+    assert (records[2]["loss"] is None) == ("mesh.pp=2" not in overrides) and records[2]["grad_norm"] is None
     assert records[3]["loss"] is not None
     before, after, later = (checkpoint_tensors(tmp_path / f"checkpoints/step_0000000{step}") for step in (2, 3, 4))
     weights = [name for name in before if name.startswith("model/") and not name.endswith("router.bias")]
