@@ -11,8 +11,11 @@ from torch import Tensor
 from parallel.whole import Whole
 from pretrain.equivalence.training import Outcome
 
-# Largest difference that fp32 explains: sums in another order. Updates are compared after steps that have built on each other.
-LIMITS = {"loss": 1e-6, "norm": 1e-5, "gradient": 1e-5, "update": 1e-4, "copies": 0.0, "loads": 0.0}
+# Largest difference that sums in another order explain. Updates are compared after steps that have built on each other.
+SINGLE = {"loss": 1e-6, "norm": 1e-5, "gradient": 1e-5, "update": 1e-4, "copies": 0.0, "loads": 0.0}
+DOUBLE = {"loss": 1e-12, "norm": 1e-12, "gradient": 1e-11, "update": 1e-10, "copies": 0.0, "loads": 0.0}
+# Where fp32 shows more, fp64 decides whether it was rounding, unless it was so much that it cannot have been.
+DOUBTFUL = 100
 # Where a whole tensor should be zero and is rounding instead, that is judged beside the largest number of all tensors.
 FLOOR = 1e-5
 # An update is the difference of two parameters that are rounded to 6e-8 of themselves: this share of them counts as update.
@@ -29,7 +32,9 @@ class Finding(NamedTuple):
 
 class Verdict(NamedTuple):
     """Relative to one rank: loss and gradient norm of any step, gradients of the first, updates of all steps, by tensor and as a
-    share of its largest number. copies: between ranks that must hold or compute the same. loads: of experts, in tokens."""
+    share of its largest number. copies: between ranks that must hold or compute the same. loads: of experts, in tokens.
+
+    double: the same training in fp64, where fp32 left a doubt."""
 
     loss: Finding
     norm: Finding
@@ -37,27 +42,36 @@ class Verdict(NamedTuple):
     update: Finding
     copies: Finding
     loads: Finding
+    limits: Mapping[str, float] = SINGLE
+    double: Verdict | None = None
 
     @property
     def agrees(self) -> bool:
-        return not self.faults()
+        return not self.faults() or (self.double is not None and self.double.agrees)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it differs, but may do so by rounding."""
+        found = self._asdict()
+        return bool(self.faults()) and all(found[kind].error <= DOUBTFUL * limit for kind, limit in self.limits.items())
 
     def faults(self) -> list[str]:
         """One line for each kind of number that differs."""
+        found = self._asdict()
         return [
-            f"{kind} of {found.where} differs by {found.error:.0e} (limit {LIMITS[kind]:.0e})"
-            + (f", and of {found.others} more" if found.others else "")
-            for kind, found in self._asdict().items()
-            if not found.error <= LIMITS[kind]
+            f"{kind} of {found[kind].where} differs by {found[kind].error:.0e} (limit {limit:.0e})"
+            + (f", and of {found[kind].others} more" if found[kind].others else "")
+            for kind, limit in self.limits.items()
+            if not found[kind].error <= limit
         ]
 
 
-def compare(found: Outcome, alone: Outcome) -> Verdict:
+def compare(found: Outcome, alone: Outcome, limits: Mapping[str, float] = SINGLE) -> Verdict:
     """How far training on a layout differs from training on one rank. A number that is missing or NaN differs infinitely."""
     gradient, spreads = Finding(0.0), dict(_spreads(found.updates, "update"))
     if found.gradients is not None:
         assert alone.gradients is not None
-        gradient = worst(found.gradients, alone.gradients, LIMITS["gradient"])
+        gradient = worst(found.gradients, alone.gradients, limits["gradient"])
         spreads |= _spreads(found.gradients, "gradient")
     for rank, norms in enumerate(found.norms):
         spreads[f"gradient norm (rank {rank})"] = _largest([abs(a - b) for a, b in zip(norms, found.norms[0])])
@@ -65,9 +79,10 @@ def compare(found: Outcome, alone: Outcome) -> Verdict:
         _series("loss", found.losses, alone.losses),
         _series("gradient norm", found.norms[0], alone.norms[0]),
         gradient,
-        worst(found.updates, alone.updates, LIMITS["update"], alone.sizes),
+        worst(found.updates, alone.updates, limits["update"], alone.sizes),
         _finding(spreads, 0.0),
         _loads(found, alone.loads[0]),
+        limits,
     )
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parallel.engines import TorchConfig
 from parallel.mesh import MeshConfig
 from parallel.processes import Processes
 from pretrain.config import RunConfig, TrainConfig
 from pretrain.data.config import DataConfig
-from pretrain.equivalence.compare import Verdict, compare, idle
+from pretrain.equivalence.compare import DOUBLE, SINGLE, Verdict, compare, idle
 from pretrain.equivalence.layouts import name
 from pretrain.equivalence.training import Outcome, joined, rows, run
 from pretrain.model.decoder import DecoderConfig
@@ -35,33 +37,55 @@ def short_run(
     )
 
 
-def judge(
-    config: RunConfig,
-    meshes: list[MeshConfig],
-    job: Processes,
-    say: Callable[[str], None] = lambda text: None,
-    alone: dict[int, Outcome] | None = None,
-) -> dict[str, Verdict]:
-    """Trains on every layout, and on the first rank compares with that rank alone; elsewhere the answer is empty. Collective.
+class Gate:
+    """Compares trainings on layouts with training on one rank, which it keeps. All ranks of the job make the same calls."""
 
-    say: is told of each layout on the first rank. alone: what one rank computed, by the rows in a micro-batch: taken from there,
-    or put there.
-    """
-    assert config.model.vocabulary is not None
-    batches = rows(config.train.steps, config.train.batch, config.data.sequence_length, config.model.vocabulary)
-    single = config.model_copy(update={"mesh": MeshConfig(), "engine": TorchConfig()})
-    alone = {} if alone is None else alone
-    verdicts: dict[str, Verdict] = {}
+    def __init__(self, config: RunConfig, job: Processes):
+        assert config.model.vocabulary is not None
+        self.config, self.job = config, job
+        self.batches = rows(
+            config.train.steps, config.train.batch, config.data.sequence_length, config.model.vocabulary
+        )
+        self._alone: dict[tuple[int, torch.dtype], Outcome] = {}
+
+    def alone(self, dp: int, dtype: torch.dtype = torch.float32) -> Outcome:
+        """What one rank computes, with the micro-batches of dp ranks."""
+        if (dp, dtype) not in self._alone:
+            single = self.config.model_copy(update={"mesh": MeshConfig(), "engine": TorchConfig()})
+            this = Processes(0, 1, self.job.local_rank, self.job.device)
+            self._alone[dp, dtype] = run(single, this, joined(self.batches, dp), dtype)
+        return self._alone[dp, dtype]
+
+    def judge(self, mesh: MeshConfig) -> Verdict | None:
+        """The verdict on a layout, on the job's first rank; elsewhere None. Collective."""
+        verdict = self.compare(mesh, torch.float32)
+        if self.job.broadcast(verdict is not None and verdict.doubtful):
+            double = self.compare(mesh, torch.float64)
+            verdict = None if verdict is None else verdict._replace(double=double)
+        return verdict
+
+    def compare(self, mesh: MeshConfig, dtype: torch.dtype) -> Verdict | None:
+        """As judge, of one precision."""
+        dp = mesh.grid(self.job.world).dp
+        if self.job.first:
+            self.alone(dp, dtype)
+        found = run(self.config.model_copy(update={"mesh": mesh}), self.job, self.batches, dtype)
+        limits = SINGLE if dtype == torch.float32 else DOUBLE
+        return compare(found, self.alone(dp, dtype), limits) if self.job.first else None
+
+
+def judge(
+    config: RunConfig, meshes: list[MeshConfig], job: Processes, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Verdict]:
+    """Verdicts by the layouts' names on the job's first rank, where `say` is told of each; elsewhere nothing. Collective."""
+    gate, verdicts = Gate(config, job), {}
     for number, mesh in enumerate(meshes):
-        start = time.perf_counter()
-        called, dp = name(mesh, job.world), mesh.grid(job.world).dp
-        if job.first and dp not in alone:
-            alone[dp] = run(single, Processes(0, 1, job.local_rank, job.device), joined(batches, dp))
-            if len(alone) == 1 and (silent := idle(alone[dp])):
-                say(f"no gradient on one rank, so not judged: {', '.join(silent)}")
-        found = run(config.model_copy(update={"mesh": mesh}), job, batches)
-        if job.first:
-            verdict = verdicts[called] = compare(found, alone[dp])
+        start, called = time.perf_counter(), name(mesh, job.world)
+        verdict = gate.judge(mesh)
+        if verdict is not None:
+            verdicts[called] = verdict
             said = "equal" if verdict.agrees else "DIFFERS: " + "; ".join(verdict.faults())
             say(f"{number + 1}/{len(meshes)} {called}: {said} ({time.perf_counter() - start:.1f} s)")
+    if job.first and meshes and (silent := idle(gate.alone(meshes[0].grid(job.world).dp))):
+        say(f"no gradient on one rank, so not judged: {', '.join(silent)}")
     return verdicts

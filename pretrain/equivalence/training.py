@@ -43,15 +43,18 @@ class Outcome:
     loads: list[Loads]
 
 
-def run(config: RunConfig, job: Processes, batches: list[list[Batch]]) -> Outcome:
-    """Trains on the given global batches, a list of rows for each step. Collective over the job.
+def run(config: RunConfig, job: Processes, batches: list[list[Batch]], dtype: torch.dtype = torch.float32) -> Outcome:
+    """Trains on the given global batches, a list of rows for each step, with parameters of dtype. Collective over the job.
 
     The i-th micro-batch of a step is the next rows, one for each data-parallel rank.
     """
     mesh = Mesh(config.mesh, job)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         return _run(config, mesh, job, batches)
     finally:
+        torch.set_default_dtype(usual)
         _leave(mesh)
 
 
