@@ -27,8 +27,7 @@ class Balance(Callback):
         if self.stages is not None:  # each stage knows of its own layers
             found: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})] * dist.get_world_size(self.stages)
             dist.all_gather_object(found, (entropy, skipped), group=self.stages)
-            entropy = {name: value for stage, _ in found for name, value in stage.items()}
-            skipped = {name: value for _, stage in found for name, value in stage.items()}
+            entropy, skipped = _joined([stage for stage, _ in found]), _joined([stage for _, stage in found])
         if routers or entropy:
             run.record["load_entropy"] = entropy
         if skipped:
@@ -51,6 +50,14 @@ class Balance(Callback):
             if router.skips:
                 skipped[name] = round((load[experts:].sum() / load.sum().clamp(min=1)).item(), 4)
         return entropy, skipped
+
+
+def _joined(stages: list[dict[str, float]]) -> dict[str, float]:
+    """All routers' values, in the order of the layers, which is not that of the ranks where a rank holds several stages."""
+    found = {name: value for stage in stages for name, value in stage.items()}
+    return dict(
+        sorted(found.items(), key=lambda item: [(not part.isdigit(), part.zfill(9)) for part in item[0].split(".")])
+    )
 
 
 def load_entropy(load: torch.Tensor) -> float:

@@ -81,6 +81,7 @@ def test_fp32_training_agrees_with_one_rank(layout: str, one_rank: Any, corpus: 
             [ours["loss"], ours["grad_norm"]], [theirs["loss"], theirs["grad_norm"]], rtol=2e-5, atol=0
         )
         assert ours["tokens"] == theirs["tokens"]
+        assert list(ours["load_entropy"]) == list(theirs["load_entropy"])
         torch.testing.assert_close(ours["load_entropy"], theirs["load_entropy"], rtol=0, atol=1e-3)
     (validated,), (expected_validated,) = (records(run, "validation.jsonl") for run in (tmp_path, alone))
     torch.testing.assert_close(validated, expected_validated, rtol=2e-5, atol=0)
