@@ -14,6 +14,7 @@ from pretrain.estimate.flops import mean_context, training_flops_per_token
 from pretrain.model.decoder import Decoder
 from pretrain.model.ffns.routed import RoutedFFN
 from pretrain.train.build import build_model, or_usage, with_vocabulary
+from pretrain.train.layout import check_batch
 from pretrain.train.progress import human
 
 GIB = 2**30
@@ -35,11 +36,7 @@ def report(config: RunConfig) -> str:
         model = build_model(config)
     world = int(os.environ.get("WORLD_SIZE", 0)) or None
     grid = or_usage(lambda: config.mesh.grid(world if config.mesh.dp is None else None))
-    if config.train.batch % (grid.dp * config.train.micro_batch):
-        raise ConfigError(
-            f"train.batch = {config.train.batch}: not a multiple of {grid.dp} data-parallel rank(s) times "
-            f"train.micro_batch = {config.train.micro_batch}"
-        )
+    check_batch(config, grid)
     return "\n".join(f"{name:<22}{value}" for name, value in _rows(config, model, grid))
 
 
@@ -86,6 +83,12 @@ def _bytes(config: RunConfig, grid: Grid, parameters: float, ranks: int) -> floa
         )
         gradients = 4.0 if accumulates and ranks > 1 else 4.0 / ranks  # whole ones stay until the last micro-batch
         return parameters * (12.0 / ranks + gradients)
-    # ZeRO keeps whole parameters on every rank, besides its share of the fp32 copy and of the moments.
-    gradients = 4.0 / ranks if config.engine.stage == 2 else 4.0
-    return parameters * (4.0 + gradients + 12.0 / ranks)
+    # Up to stage 2, ZeRO keeps whole parameters on every rank, besides its share of the fp32 copy and of the moments.
+    gradients = 4.0 if config.engine.stage == 1 else 4.0 / ranks
+    whole = 4.0 if config.engine.stage < 3 else 4.0 / ranks
+    state = 12.0 / ranks
+    if (
+        config.engine.offload != "none"
+    ):  # then these are in the host's memory, and so are the gradients that wait for them
+        gradients = state = 0.0
+    return parameters * ((0.0 if config.engine.offload == "parameters" else whole) + gradients + state)

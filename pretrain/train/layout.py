@@ -26,6 +26,7 @@ def check(config: RunConfig, world: int) -> Grid:
     try:
         grid = config.mesh.grid(world)
         _check_engine(config, grid)
+        check_batch(config, grid)
         vocabulary = config.model.vocabulary or 64 * grid.tp  # what the tokenizer's size is rounded to fits as well
         model = empty(config.model.model_copy(update={"vocabulary": vocabulary}))
         length = config.data.sequence_length * config.train.micro_batch
@@ -44,6 +45,17 @@ def check(config: RunConfig, world: int) -> Grid:
 def _check_engine(config: RunConfig, grid: Grid) -> None:
     if config.engine.kind == "deepspeed":
         config.engine.check(grid, config.train.compile)
+
+
+def check_batch(config: RunConfig, grid: Grid) -> None:
+    """Raises ConfigError unless a step's sequences go evenly into micro-batches on all data-parallel ranks."""
+    batch, unit = config.train.batch, grid.dp * config.train.micro_batch
+    if batch % unit:
+        near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
+        raise ConfigError(
+            f"train.batch = {batch}: not a multiple of {grid.dp} data-parallel rank(s) times train.micro_batch = "
+            f"{config.train.micro_batch}; use train.batch={' or '.join(map(str, near))}, or another train.micro_batch"
+        )
 
 
 def _check_pipeline(config: RunConfig, model: Decoder, grid: Grid) -> None:

@@ -21,9 +21,12 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = {**QUIET, **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
-def call(*arguments: object, command: list[str] = MAIN, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    line = [*command, *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+def call(
+    *arguments: object, command: list[str] = MAIN, timeout: float = 300, started: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """started: what a launcher says in the environment."""
+    line, environment = [*command, *map(str, arguments)], {**ENVIRONMENT, **(started or {})}
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +210,31 @@ def test_run_folder_in_use(corpus: Path, tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["mesh.dp=2"], "mesh.dp=2, but the launcher started 1"),
-        (["train.batch=3", "train.micro_batch=2"], "global_batch 3 does not divide"),
+        (["train.batch=3", "train.micro_batch=2"], "use train.batch=2 or 4"),
         (["model.mixers.attention.heads=5"], "heads=5 does not divide width=32"),
         (["train.device=cuda"], "device=cuda"),
     ],
 )
 def test_settings_that_do_not_fit(overrides: list[str], message: str, corpus: Path, tmp_path: Path) -> None:
     one_line(call(f"run={tmp_path}", f"data.path={corpus}", *overrides), 2, message)
+
+
+def test_a_layout_that_does_not_fit_ends_before_anybody_waits(corpus: Path, tmp_path: Path) -> None:
+    """One rank of four, alone: it would wait for the others if it asked for them. More such layouts: train/test_sizes.py."""
+    started = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = call(f"run={tmp_path}/run", f"data.path={corpus}", "mesh.tp=4", started=started, timeout=120)
+    one_line(done, 2, "heads=2", "cannot be cut over mesh.tp=4; this model allows mesh.tp 1, 2")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "code"), [("torchrun", 1), ("deepspeed", 2)]
+)  # torchrun's own code for any failure
+def test_layouts_that_do_not_fit_under_a_launcher(launcher: str, code: int, corpus: Path, tmp_path: Path) -> None:
+    done = call(f"run={tmp_path}/run", f"data.path={corpus}", "mesh.tp=3", command=[*LAUNCHERS[launcher], *MAIN[1:]])
+    assert done.returncode == code
+    assert done.stderr.count("error: mesh: tp=3 does not divide 2 rank(s); start a multiple of 3 ranks, or make") == 1
+    assert launcher != "torchrun" or "exitcode  : 2" in done.stderr, done.stderr[-2000:]
 
 
 def test_dry_run_needs_no_devices_and_any_world_size(corpus: Path, tmp_path: Path) -> None:
