@@ -14,12 +14,13 @@ from tests.ranks import run_ranks
 PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 TORCH: tuple[str, ...] = ()
 ZERO2 = ("engine.kind=deepspeed", "engine.stage=2")
+PIPELINE = ("mesh.pp=2", "mesh.pp_schedule=zbv", "mesh.pp_layers=[0, 1, 1, 0]")
 
 
 @pytest.mark.parametrize(
     ("world", "overrides", "stop"),
-    [(1, TORCH, 4), (2, TORCH, 2), (2, ZERO2, 4)],
-    ids=["one rank", "two ranks FSDP2", "two ranks ZeRO-2"],
+    [(1, TORCH, 4), (2, TORCH, 2), (2, ZERO2, 4), (2, PIPELINE, 4)],
+    ids=["one rank", "two ranks FSDP2", "two ranks ZeRO-2", "a pipeline in a V"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
     world: int, overrides: tuple[str, ...], stop: int, corpus: Path, tmp_path: Path
