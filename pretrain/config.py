@@ -53,6 +53,8 @@ class TrainConfig(Strict):
 class CheckpointConfig(Strict):
     every: int = Field(1000, ge=1)
     """Steps between saves; the last step is always saved."""
+    background: bool = True
+    """Write beside training, from a copy of the state in host memory; otherwise every save stops all ranks until it is done."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints to keep."""
     keep_every: int | None = Field(None, ge=1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.identity import check_same_model
 from pretrain.checkpoint.lifecycle import Checkpoints
@@ -21,35 +24,58 @@ GIVE_UP = 3  # failed saves in a row after which the run ends
 class Save(Callback):
     def __init__(self, checkpoints: Checkpoints, loader: Loader, progress: Progress):
         self.checkpoints, self.loader, self.progress = checkpoints, loader, progress
-        self.saved = -1
+        self.background = BackgroundSaver(checkpoints, self._done)
+        self.begun = -1  # the newest step whose save has begun
         self.failures = 0
 
     def on_start(self, run: Run) -> None:
-        self.saved = run.step
+        self.begun = run.step
 
     def on_step(self, run: Run) -> None:
         if run.last or run.step % run.config.checkpoint.every == 0:
             self.save(run)
 
     def save(self, run: Run) -> None:
-        if self.saved == run.step:
-            return
-        start = time.perf_counter()
+        """Begins a save of this step, after the one before has ended. The last one of a run is complete on return."""
         try:
-            path = self.checkpoints.save(
-                run.step,
-                run.engine.state_tensors(),
-                meta=content(run, self.loader),
-                per_rank=random_state(run.processes.device),
-            )
+            waited = self.background.wait()
+            if waited is not None:
+                self.failures = 0
+            if waited is not None and waited > 1.0:
+                self.progress.say(
+                    f"step {run.step}: waited {waited:.1f} s for the save before this one; saves are too frequent"
+                )
         except CheckpointError as error:  # the same error on every rank
-            self.failures += 1
-            if run.last or self.failures == GIVE_UP:
-                raise
-            self.progress.say(f"step {run.step}: NOT SAVED ({error}); training goes on, the next save is tried")
+            self._failed(run, error)
+        if self.begun == run.step:
             return
-        self.failures, self.saved = 0, run.step
-        self.progress.say(f"step {run.step}: saved {path} in {time.perf_counter() - start:.1f} s")
+        self.begun = run.step
+        state, meta, own = run.engine.state_tensors(), content(run, self.loader), random_state(run.processes.device)
+        try:
+            if run.config.checkpoint.background and not run.last:
+                self.background.start(run.step, state, meta, own)
+            else:
+                start = time.perf_counter()
+                self._done(run.step, self.checkpoints.save(run.step, state, meta, own), time.perf_counter() - start)
+                self.failures = 0
+        except CheckpointError as error:
+            if run.last:
+                raise
+            self._failed(run, error)
+
+    def _failed(self, run: Run, error: CheckpointError) -> None:
+        self.failures += 1
+        if self.failures == GIVE_UP:
+            raise error
+        self.progress.say(f"step {run.step}: NOT SAVED ({error}); training goes on, the next save is tried")
+
+    def _done(self, step: int, path: Path, seconds: float) -> None:
+        self.progress.say(f"step {step}: saved {path} in {seconds:.1f} s")
+
+    def close(self) -> None:
+        # Whatever ended the run, what was begun is brought to its end; its failure would hide the cause.
+        with contextlib.suppress(Exception):
+            self.background.wait()
 
 
 def content(run: Run, loader: Loader) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from pretrain.checkpoint import points
+from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.lifecycle import Checkpoints
 
@@ -183,3 +184,38 @@ def lease_all(rank: int, world: int, folder: str) -> str:
     except LeaseHeld as error:
         return str(error)
     return "mine"
+
+
+def background_saves(rank: int, world: int, folder: Path) -> tuple[list[list[float]], list[float], str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    sharded = distribute_tensor(torch.arange(5.0)[:, None], mesh, [Shard(0)])  # the last rank's shard is shorter
+    both = torch.full((2,), 7.0)
+    saver = BackgroundSaver(Checkpoints(folder), lambda *_: None)
+    saver.start(1, {"model/sharded": sharded, "model/both": both}, {}, {"own": torch.tensor([rank])})
+    totals = []
+    for _ in range(20):  # the training's own collectives, on the default group
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total)
+        totals.append(total.item())
+    assert isinstance(sharded, DTensor)
+    sharded.to_local().zero_()
+    saver.wait()
+    loaded = {"model/sharded": torch.zeros(5, 1), "model/both": torch.zeros(2)}
+    resumed = saver.checkpoints.resume(loaded)
+    assert resumed is not None and resumed.per_rank is not None and resumed.per_rank["own"].tolist() == [rank]
+    assert loaded["model/both"].tolist() == [7, 7]
+
+    def fail(point: str) -> None:
+        if point == "writing" and rank == 1:
+            raise OSError(5, "Input/output error")
+
+    points.observer = fail
+    saver.start(2, {"model/sharded": sharded, "model/both": both}, {}, {})
+    try:
+        saver.wait()
+    except CheckpointError as error:
+        return loaded["model/sharded"].tolist(), totals, str(error)
+    return loaded["model/sharded"].tolist(), totals, "no failure"
