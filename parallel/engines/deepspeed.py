@@ -161,6 +161,8 @@ class DeepSpeedEngine(Engine):
         self.zero: Any = self.engine.optimizer
         if self.experts is not None:
             self._one_norm()
+        # Now: DeepSpeed ties state to parameters once, after the first group's first step, when other groups have none yet.
+        self._initialise_state()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         autocast = {

@@ -158,7 +158,8 @@ def _report(verdicts: dict[str, Verdict], said: list[str], world: int) -> None:
         table.add_column(title, overflow="fold" if title == "layout" else "ellipsis", no_wrap=title != "layout")
     for name, verdict in verdicts.items():
         kinds = ("loss", "norm", "gradient", "update")
-        loss, norm, gradient, update = (f"{getattr(verdict, kind).error:.0e}" for kind in kinds)
+        found = [getattr(verdict, kind) for kind in kinds]
+        loss, norm, gradient, update = (f"{one.error:.0e}" if one.where else "-" for one in found)
         result = "DIFFERS" if not verdict.agrees else "equal" if verdict.double is None else "equal in fp64"
         table.add_row(name, loss, norm, gradient, verdict.gradient.where, update, result)
     console.print(table, markup=False, highlight=False)

@@ -59,7 +59,8 @@ class Gate:
     def judge(self, mesh: MeshConfig) -> Verdict | None:
         """The verdict on a layout, on the job's first rank; elsewhere None. Collective."""
         verdict = self.compare(mesh, torch.float32)
-        if self.job.broadcast(verdict is not None and verdict.doubtful):
+        settles = isinstance(self.config.engine, TorchConfig)  # DeepSpeed keeps fp32 whatever the parameters are
+        if settles and self.job.broadcast(verdict is not None and verdict.doubtful):
             double = self.compare(mesh, torch.float64)
             verdict = None if verdict is None else verdict._replace(double=double)
         return verdict
