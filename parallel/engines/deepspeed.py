@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +22,7 @@ from torch.optim import Optimizer
 
 from parallel.config import Strict
 from parallel.context import cut_batch
+from parallel.engines.apart import hidden, shared_out
 from parallel.engines.base import Engine
 from parallel.engines.fragment import Fragment
 from parallel.gradients import GradientRule
@@ -149,14 +148,14 @@ class DeepSpeedEngine(Engine):
                 f"{type(whole).__name__}: DeepSpeed's flat partitions serve optimizers that treat every element alike, and "
                 "checkpoints of them know AdamW; use optimizer.kind=adamw, or engine.kind=torch"
             )
-        ours, self.experts = _shared_out(whole, set(self.apart.values()))
+        ours, self.experts = shared_out(whole, set(self.apart.values()))
         self.rule = GradientRule(model, mesh, only=self.apart)
         self.device = next(model.parameters()).device.type
         if config.offload != "none":
             for group in ours.param_groups:
                 group["foreach"], group["fused"] = False, True  # one pass over memory instead of ten, on a CPU
         settings = config.settings(clip, pin=self.device == "cuda")
-        with _hidden(model, set(self.apart.values())):
+        with hidden(model, set(self.apart.values())):  # what it finds it takes over, and copies from rank 0
             self.engine, *_ = deepspeed.initialize(model=_KeepAutocast(model), optimizer=ours, config=settings)
         self.zero: Any = self.engine.optimizer
         if self.experts is not None:
@@ -194,9 +193,7 @@ class DeepSpeedEngine(Engine):
 
         def both(*args: Any, **kwargs: Any) -> Tensor:
             norm = partitions(*args, **kwargs)
-            # It writes -1 for a norm that is not finite, which would turn finite in a square.
-            total = torch.where(norm < 0, torch.nan, norm).double().square() + self.expert_norm**2
-            return total.sqrt().to(norm.dtype)
+            return (norm.double().square() + self.expert_norm**2).sqrt().to(norm.dtype)
 
         self.zero.scaled_global_norm = both
 
@@ -234,7 +231,8 @@ class DeepSpeedEngine(Engine):
 
     def _fragment(self, name: str, key: str | None) -> Tensor:
         """What this rank's partition holds of a parameter (key None) or of one of its moments."""
-        parameter, shape = self.names[name], self.shapes[name]
+        parameter: Any = self.names[name]  # with what DeepSpeed has hung on it
+        shape = self.shapes[name]
         if self.stage == 3:
             flat, _ = self.zero._get_fp32_opt_state_partition(parameter, False, key)
             start = flat.numel() * dist.get_rank(parameter.ds_process_group)
@@ -289,31 +287,3 @@ class DeepSpeedEngine(Engine):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
-
-
-def _shared_out(optimizer: Optimizer, apart: set[nn.Parameter]) -> tuple[Optimizer, Optimizer | None]:
-    """An optimizer -> (one for DeepSpeed, one for the parameters `apart` if there are any), each with the same settings."""
-    sides: list[list[dict[str, Any]]] = [[], []]
-    for group in optimizer.param_groups:
-        for side, keep in zip(sides, (False, True)):
-            if parameters := [parameter for parameter in group["params"] if (parameter in apart) == keep]:
-                side.append({**group, "params": parameters})
-    optimizer.param_groups[:] = sides[0]
-    return optimizer, type(optimizer)(sides[1]) if sides[1] else None
-
-
-@contextmanager
-def _hidden(model: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
-    """The model without some of its parameters: DeepSpeed takes over, and copies from rank 0, every one that it finds."""
-    owners = [module for module in model.modules() if any(p in parameters for p in module._parameters.values())]
-    whole = [dict(owner._parameters) for owner in owners]
-    for owner, found in zip(owners, whole):
-        for name, parameter in found.items():
-            if parameter in parameters:
-                del owner._parameters[name]
-    try:
-        yield
-    finally:
-        for owner, found in zip(owners, whole):
-            owner._parameters.clear()
-            owner._parameters.update(found)  # in the old order
