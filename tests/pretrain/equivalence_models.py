@@ -8,10 +8,11 @@ import torch
 
 from parallel.mesh import MeshConfig
 from parallel.processes import Processes
+from pretrain.equivalence.compare import Verdict
 from pretrain.equivalence.gate import judge, short_run
 from pretrain.model.decoder import DecoderConfig
 
-Verdicts = dict[str, tuple[bool, list[str]]]
+Verdicts = dict[str, tuple[bool, list[str], str]]
 
 MODELS: dict[str, dict[str, Any]] = {
     # Grouped and multi-query heads, a window, sigmoid routing with a bias, groups, a shared expert, all balancing losses.
@@ -77,10 +78,17 @@ def config(name: str) -> DecoderConfig:
 
 
 def verdicts(rank: int, world: int, wanted: list[tuple[str, list[MeshConfig]]]) -> dict[str, Verdicts]:
-    """Runs in ranks: by model and layout whether it agrees, and in what it does not. Empty but on the first rank."""
+    """Runs in ranks: by model and layout whether it agrees, in what it does not, and its numbers. Empty but on the first rank."""
     job = Processes(rank, world, rank, torch.device("cpu"))
     found: dict[str, Verdicts] = {}
     for model, meshes in wanted:
         answer = judge(short_run(config(model), world), meshes, job)
-        found[model] = {layout: (verdict.agrees, verdict.faults()) for layout, verdict in answer.items()}
+        found[model] = {
+            layout: (verdict.agrees, verdict.faults(), _numbers(verdict)) for layout, verdict in answer.items()
+        }
     return found
+
+
+def _numbers(verdict: Verdict) -> str:
+    worst = f"loss {verdict.loss.error:.0e} gradient {verdict.gradient.error:.0e} update {verdict.update.error:.0e}"
+    return worst if verdict.double is None else f"{worst}; in fp64 gradient {verdict.double.gradient.error:.0e}"

@@ -35,10 +35,11 @@ def sample(model: str, world: int, count: int) -> list[MeshConfig]:
 
 
 def check(found: dict[str, Any], expected: int) -> None:
+    print("".join(f"\n{model}, {layout}: {of[layout][2]}" for model, of in found.items() for layout in of))
     wrong = [
         f"{model}, {layout}: {faults}"
         for model, of in found.items()
-        for layout, (agrees, faults) in of.items()
+        for layout, (agrees, faults, _) in of.items()
         if not agrees
     ]
     assert not wrong, "\n".join(wrong)
@@ -55,7 +56,7 @@ def test_layouts_train_as_one_rank(world: int, count: int) -> None:
 @pytest.mark.campaign
 @pytest.mark.parametrize(("model", "world"), itertools.product(MODELS, (2, 4, 8)))
 def test_every_layout_trains_as_one_rank(model: str, world: int) -> None:
-    """All layouts of 2 and 4 ranks, 12 of 8 ranks."""
+    """All layouts of 2 and 4 ranks, 12 of 8 ranks; `pytest --campaign -s` prints the table."""
     legal = layouts.legal(short_run(config(model), world), world) if world < 8 else sample(model, world, 12)
     check(run_ranks(verdicts, world, [(model, legal)], timeout=3000)[0], len(legal))
 
