@@ -5,10 +5,9 @@ quick.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from typing import Any
 
+from pretrain.data import interruption
 from pretrain.data.errors import DataError, PrepareFailure, UsageError
 from pretrain.exit import ERROR
 
@@ -102,23 +101,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code (0 done, 1 failed, 2 usage, 77 corrupt or missing data)."""
     args = parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if args.command == "prepare":
-            from pretrain.data.report import run_prepare
+        with interruption.noted():
+            if args.command == "prepare":
+                from pretrain.data.report import run_prepare
 
-            run_prepare(args)
-        else:
-            from pretrain.data.inspect import run_inspect
+                run_prepare(args)
+            else:
+                from pretrain.data.inspect import run_inspect
 
-            run_inspect(args)
+                run_inspect(args)
     except (DataError, UsageError, PrepareFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -128,8 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         sys.stderr.close()
         return 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from pretrain.data import interruption
 from pretrain.data import manifest as manifests
 from pretrain.data.encode import BATCH_BYTES, Encoded, encode_all
 from pretrain.data.errors import DataError, PrepareFailure, UsageError
@@ -240,6 +241,7 @@ def _write(
             closing.callback(builder.data_file.close)
         held_out = closing.enter_context((folder / "validation_text.bin").open("wb"))
         for encoded in encode_all(writer.batches(files, held_out), model, options.workers):
+            interruption.check()
             writer.add(encoded, builders)
     for name, builder in builders.items():
         builder.finalize(str(folder / f"{name}.idx"))

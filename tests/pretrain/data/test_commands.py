@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from pretrain.data.__main__ import main
-from pretrain.data.encode import encode_all
+from pretrain.data.encode import Encoded, encode_all
 from pretrain.data.errors import PrepareFailure
 from pretrain.data.manifest import read
 from tests.pretrain.data.test_store import patch, truncate, write_megatron
@@ -161,6 +162,26 @@ def test_interrupted(prepared: Path, tmp_path: Path, wait_for: str, signum: int)
     assert error.strip().splitlines()[-1].startswith("interrupted; nothing half-written was left behind")
     assert "Traceback" not in error
     assert left(tmp_path / "out") == []
+
+
+def test_an_interrupt_that_python_drops_is_not_lost(
+    prepared: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Destroyed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)  # raised in here, KeyboardInterrupt is printed and forgotten
+
+    def encode(*arguments: object) -> Iterator[Encoded]:
+        for encoded in encode_all(*arguments):
+            Destroyed()
+            yield encoded
+
+    words = ["prepare", "--input", f"{inputs}/a.txt", "--output", str(tmp_path / "out"), "--workers", "1"]
+    words += ["--tokenizer", str(prepared / "tokenizer.model"), "--validation", "0"]
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
+    monkeypatch.setattr("pretrain.data.prepare.encode_all", encode)
+    assert main(words) == 1
+    assert left(tmp_path) == ["in"]
 
 
 def test_a_killed_worker(prepared: Path) -> None:
