@@ -1,0 +1,94 @@
+"""A rank without torch, which does what a plan says, so that supervision can be tested in a second.
+
+    worker.py run=FOLDER
+
+FOLDER/plan.json is a list, an entry a launch (the last one holds for all later launches), by rank:
+{"0": "save 2 > exit 75", "*": "wait"}.
+What a rank can do, one after the other: `save N` (a checkpoint of step N appears), `sleep S`, `meet` (all
+ranks have come as far in this launch, also those of other hosts), `kill` (itself), `exit C [message]`
+(with an error file as pretrain/watch writes), `silent C` (without one), `wait` (until SIGTERM or SIGUSR1; then it saves and ends
+with 75), `stubborn` (no signal helps). Every signal and every start is noted in FOLDER/notes, a file a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+run = Path(sys.argv[1].removeprefix("run="))
+rank = int(os.environ["RANK"])
+notes = run / "notes" / str(rank)
+asked: list[int] = []
+
+
+def note(text: str) -> None:
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    with notes.open("a") as file:
+        file.write(text + "\n")
+
+
+def starts(of_rank: int) -> int:
+    file = run / "notes" / str(of_rank)
+    return file.read_text().count("start") if file.exists() else 0
+
+
+def save(step: int) -> None:
+    (run / "checkpoints").mkdir(exist_ok=True, parents=True)
+    if rank == 0:
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(exist_ok=True)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step}) + "\n")
+
+
+def leave(code: int, message: str = "") -> None:
+    extra = {
+        "timestamp": str(int(time.time())), "exit_code": code, "rank": rank, "local_rank": int(os.environ["LOCAL_RANK"]),
+        "host": "unused", "phase": "step", "step": 41, "signal": None,
+    }  # fmt: skip
+    content = {"message": {"message": message or f"code {code}", "extraInfo": extra}}
+    if code:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
+    sys.exit(code)
+
+
+def on_signal(number: int, frame: object) -> None:
+    asked.append(number)
+    note(signal.Signals(number).name)
+
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, on_signal)
+host = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[3].name
+records = [json.loads(line) for line in (run / "supervise.jsonl").read_text().splitlines()]
+before = sum(record["event"] == "start" and record["host"] == host for record in records) - 1
+note(f"start {os.getpid()} of {os.environ['WORLD_SIZE']}")
+plan = json.loads((run / "plan.json").read_text())
+actions = plan[min(before, len(plan) - 1)]
+for action in actions.get(str(rank), actions.get("*", "exit 0")).split(" > "):
+    word, _, rest = action.partition(" ")
+    if word == "save":
+        save(int(rest))
+    elif word == "sleep":
+        time.sleep(float(rest))
+    elif word == "meet":
+        while any(starts(other) <= before for other in (0, 1)):
+            time.sleep(0.02)
+    elif word == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "exit":
+        code, _, message = rest.partition(" ")
+        leave(int(code), message)
+    elif word == "silent":
+        sys.exit(int(rest))
+    elif word == "wait":
+        while not asked:
+            time.sleep(0.02)
+        save(99)
+        leave(75)
+    elif word == "stubborn":
+        while True:
+            time.sleep(0.1)
