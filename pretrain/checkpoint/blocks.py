@@ -27,14 +27,23 @@ Words = NDArray[np.uint64]
 
 
 def code(block: Words) -> Words:
-    """The code of BLOCK / 8 words: the exclusive or of all words whose number has bit k set, for each k; then of all words."""
-    parts = []
+    """The code of BLOCK / 8 words: the exclusive or of all words whose number has bit k set, for each k; then of all words.
+
+    block: those of them that may not be zero, from the first on; their number is a power of two.
+    """
+    levels = block.size.bit_length() - 1
+    parts = [np.uint64(0)] * (_LEVELS - levels)
     words = block
     while words.size > 1:
         low, high = words[: words.size // 2], words[words.size // 2 :]
         parts.append(np.bitwise_xor.reduce(high))
         words = low ^ high
     return np.array([*parts, words[0]], dtype=np.uint64)
+
+
+def _words(size: int) -> int:
+    """The least power of two of words that hold so many bytes."""
+    return 1 << max(0, (-(-size // 8) - 1).bit_length())
 
 
 def flipped_bit(found: Words, wanted: Words) -> tuple[int, int] | None:
@@ -58,6 +67,9 @@ class DamagedBlock(CheckpointError):
     def __init__(self, message: str, start: int, end: int):
         super().__init__(message)
         self.start, self.end = start, end
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it travels to the other ranks
+        return DamagedBlock, (str(self), self.start, self.end)
 
 
 class HashingWriter:
@@ -92,11 +104,10 @@ class HashingWriter:
         block = self._buffers[0]
         self._wait()
         self._pending = self._pool.submit(self._write, block, size)
-        if size < BLOCK:
-            # The code is over a whole block; the writer's part of it is not touched.
-            block[size:] = bytes(BLOCK - size)
+        words = _words(size)
+        block[size : 8 * words] = bytes(8 * words - size)  # the writer's part of it is not touched
         self.sums += xxhash.xxh3_128_digest(memoryview(block)[:size])
-        self.sums += code(np.frombuffer(block, np.uint64)).tobytes()
+        self.sums += code(np.frombuffer(block, np.uint64, words)).tobytes()
         self._buffers.reverse()
 
     def _write(self, block: bytearray, size: int) -> None:
@@ -203,7 +214,7 @@ class CheckedReader:
 
 
 def _diagnosis(block: bytearray, size: int, record: bytes, start: int) -> str:
-    whole = bytearray(BLOCK)
+    whole = bytearray(8 * _words(size))
     whole[:size] = block[:size]
     wanted = np.frombuffer(record[_HASH:], np.uint64)
     place = flipped_bit(code(np.frombuffer(whole, np.uint64)), wanted)

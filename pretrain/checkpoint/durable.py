@@ -1,11 +1,12 @@
 """Files and folders that survive a power cut.
 
 A rename or a new file is only in the page cache until its *folder* is fsynced; fsync of the file alone saves the bytes
-but not the name. Every function here returns once both are on disk.
+but not the name. Every function here returns once both are on disk, but for write_new, whose caller fsyncs the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,26 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder`, and the folders above it that are missing, durably. It may exist: another job may have made it just now."""
+    missing = [each for each in folder.parents if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in (*reversed(missing), folder):
+        with contextlib.suppress(PermissionError):  # a folder that may be entered but not read cannot be opened for it
+            fsync_folder(each.parent)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that does not exist yet. Its bytes are durable; its name is when the folder has been fsynced."""
+    with path.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.errors import NoLoadableCheckpoint
-from pretrain.checkpoint.sealed import read_sealed
+from pretrain.checkpoint.sealed import read_sealed, seal
 
 META = "meta.json"
+INDEX = "index.json"
 LATEST = "latest"
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
+_OF_RANK = re.compile(r"(\d{5,})\.(?:data|sums)")
 _LEFTOVER = re.compile(r"\.step_.*\.(partial|trash)")
 
 
@@ -70,10 +72,16 @@ def inspect(path: Path) -> Entry | None:
         return Entry(path, step, attempt, {}, f"{META} is missing")
     except (OSError, ValueError) as error:
         return Entry(path, step, attempt, {}, str(error))
-    fault = _shape_of_record(record)
-    if fault:
+    if fault := _shape_of_record(record):
         return Entry(path, step, attempt, {}, f"{META} is damaged: {fault}")
-    return Entry(path, step, attempt, record, _sizes(path, record["files"]))
+    if record["step"] != step:
+        return Entry(path, step, attempt, {}, f"{META} is of another save: of step {record['step']}")
+    if fault := _sizes(path, record["files"]):
+        return Entry(path, step, attempt, record, fault)
+    if seal(path / INDEX) != record["index"]:
+        # Which of the two is wrong nobody can tell, so nothing in the record is believed: not even its place in the order.
+        return Entry(path, step, attempt, {}, f"{INDEX} is damaged, or of another save than {META}")
+    return Entry(path, step, attempt, record, "")
 
 
 def _shape_of_record(record: Any) -> str:
@@ -102,10 +110,17 @@ def _sizes(path: Path, files: dict[str, int]) -> str:
         try:
             found = (path / name).stat().st_size
         except OSError as error:
-            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+            missing = isinstance(error, FileNotFoundError)
+            return f"{name}{writer(name)} is missing" if missing else f"{name}{writer(name)}: {error.strerror}"
         if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+            return f"{name}{writer(name)} has {found} bytes instead of {size}"
     return ""
+
+
+def writer(name: str) -> str:
+    """Which rank wrote a file, for messages; "" for the files that rank 0 writes for all."""
+    match = _OF_RANK.fullmatch(name)
+    return f" (written by rank {int(match[1])})" if match else ""
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -123,12 +138,14 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name))
 
 
-def loadable(folder: Path, report: Callable[[str], None]) -> list[Entry]:
+def loadable(folder: Path, report: Callable[[str], None], strict: bool = False) -> list[Entry]:
     """The complete checkpoints in `folder`, newest first; [] if there never was one. Skipped ones get a line each.
 
-    Raises NoLoadableCheckpoint if there are, or were, checkpoints, and none is complete.
+    Raises NoLoadableCheckpoint if there are, or were, checkpoints, and none is complete; strict: or if the newest is not.
     """
     found = entries(folder)
+    if strict and found and found[0].fault:
+        raise refused(found[0].path, found[0].fault)
     for entry in found:
         if entry.fault:
             report(f"skipping checkpoint {entry.path}: {entry.fault}")
@@ -148,6 +165,14 @@ def loadable(folder: Path, report: Callable[[str], None]) -> list[Entry]:
             "Bring them back, or remove that file to start from the beginning."
         )
     return []
+
+
+def refused(path: Path, fault: str) -> NoLoadableCheckpoint:
+    """What strict says of the newest checkpoint when it is damaged."""
+    return NoLoadableCheckpoint(
+        f"checkpoint {path} cannot be loaded: {fault}. Because of checkpoint.strict no older one is taken instead: "
+        "restore it from a copy, move it away, or set checkpoint.strict=false."
+    )
 
 
 def resolve(path: Path) -> Path:

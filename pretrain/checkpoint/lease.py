@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pretrain.checkpoint.agreement import Agreement
-from pretrain.checkpoint.durable import read_json, write_json
+from pretrain.checkpoint.durable import make_folder, read_json, write_json
 from pretrain.checkpoint.errors import LeaseHeld
 
 # Filesystems that cannot lock say so in one of these ways.
@@ -55,7 +55,7 @@ class Lease:
 
     def _lock(self) -> None:
         assert self._descriptor is None, "the lease is taken once"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         # The lock file is never removed: a lock on a removed file would exclude nobody who opens the new one.
         descriptor = os.open(self.folder / "lease.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

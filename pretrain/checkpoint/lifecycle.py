@@ -27,11 +27,10 @@ from torch import Tensor
 from pretrain.checkpoint import folder as on_disk
 from pretrain.checkpoint import points, storage
 from pretrain.checkpoint.agreement import Agreement
-from pretrain.checkpoint.durable import fsync_folder, write_text
+from pretrain.checkpoint.durable import fsync_folder, make_folder, write_new, write_text
 from pretrain.checkpoint.errors import CheckpointError, NoLoadableCheckpoint
-from pretrain.checkpoint.folder import Entry
-from pretrain.checkpoint.planned import INDEX
-from pretrain.checkpoint.sealed import seal, write_sealed
+from pretrain.checkpoint.folder import INDEX, Entry
+from pretrain.checkpoint.sealed import seal, sealed
 
 State = dict[str, Tensor]
 
@@ -51,8 +50,9 @@ class Checkpoints:
 
     folder: created at the first save; on a filesystem that every rank sees.
     keep: how many of the newest to keep; None keeps all. keep_every: steps divisible by this are kept for good; 0 is
-    none. agreement: which ranks decide together; by default all, over a gloo group of their own (collective). report:
-    gets one line for what a person should know (a skipped checkpoint, a failed deletion); called on one rank.
+    none. strict: refuse (NoLoadableCheckpoint) instead of going back when the newest checkpoint is damaged. agreement:
+    which ranks decide together; by default all, over a gloo group of their own (collective). report: gets one line for
+    what a person should know (a skipped checkpoint, a failed deletion); called on one rank.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Checkpoints:
         *,
         keep: int | None = 3,
         keep_every: int = 0,
+        strict: bool = False,
         agreement: Agreement | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
@@ -71,8 +72,11 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep = keep
         self.keep_every = keep_every
+        self.strict = strict
         self.report = report
+        self._skipped: set[str] = set()  # lines about skipped checkpoints; each is said once
         self.agreement = agreement or Agreement()
+        self.committed = 0  # the sequence of the newest checkpoint that was committed here; known to the coordinator
 
     # ------------------------------------------------------------------------------------------------------- writing
 
@@ -113,7 +117,7 @@ class Checkpoints:
             json.dumps(dict(meta))
         except TypeError as error:
             raise ValueError(f"meta must be what JSON can hold: {error}") from error
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         fresh = self.folder / f".{on_disk.checkpoint_name(step)}.{secrets.token_hex(4)}.partial"
         fresh.mkdir()
         points.reached("reserved")
@@ -140,13 +144,15 @@ class Checkpoints:
             "per_rank": per_rank,
             "meta": dict(meta),
         }
-        write_sealed(fresh / on_disk.META, record)
+        write_new(fresh / on_disk.META, sealed(record))
+        fsync_folder(fresh)
         points.reached("manifest")
         final = self.folder / on_disk.checkpoint_name(step, 1 + max(attempts, default=0))
         fresh.rename(final)
         try:
             points.reached("renamed")
             fsync_folder(self.folder)
+            self.committed = record["sequence"]
         except OSError:
             # It may or may not survive a power cut, and the caller hears that it failed: take it back.
             self._try(lambda: self._remove(final))
@@ -157,6 +163,9 @@ class Checkpoints:
         """The checkpoint counts already: what fails from here on is reported, not raised."""
         self._try(lambda: write_text(self.folder / on_disk.LATEST, final.name + "\n"))
         points.reached("published")
+        self._prune()
+
+    def _prune(self) -> None:
         found = on_disk.entries(self.folder)
         good = [entry for entry in found if not entry.fault]
         supersedes: dict[int, Path] = {}
@@ -206,8 +215,18 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint; None if there never was one. NoLoadableCheckpoint if all are damaged."""
-        found = self.agreement.decide("looking for checkpoints", lambda: on_disk.loadable(self.folder, self.report))
+        found = self._loadable()
         return found[0].path if found else None
+
+    def _loadable(self) -> builtins.list[Entry]:
+        return self.agreement.decide(
+            "looking for checkpoints", lambda: on_disk.loadable(self.folder, self._skip, self.strict)
+        )
+
+    def _skip(self, line: str) -> None:
+        if line not in self._skipped:
+            self._skipped.add(line)
+            self.report(line)
 
     def meta(self, path: Path) -> dict[str, Any]:
         """The `meta` given to `save`."""
@@ -249,17 +268,19 @@ class Checkpoints:
         return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
 
     def resume(
-        self, tensors: Mapping[str, Tensor], check: Callable[[dict[str, Any]], None] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        check: Callable[[dict[str, Any]], None] | None = None,
+        at_most: int | None = None,
     ) -> Resumed | None:
         """Load the newest checkpoint that can be read into `tensors`; None if there never was one.
 
+        at_most: only those of this step or an earlier one are looked at.
         check: called with the checkpoint's `meta` before anything is read; raises ValueError to refuse. A checkpoint
         that is refused, or does not fit, ends the call with ValueError; a damaged one is skipped with a line to
-        `report` and the one before it is tried. Raises NoLoadableCheckpoint if none is left.
+        `report` and the one before it is tried. Raises NoLoadableCheckpoint if none is left, or if strict forbids that.
         """
-        candidates = self.agreement.decide(
-            "looking for checkpoints", lambda: on_disk.loadable(self.folder, self.report)
-        )
+        candidates = [entry for entry in self._loadable() if at_most is None or entry.step <= at_most]
         for entry in candidates:
             if check is not None:
                 self.agreement.everyone(f"checking {entry.path}", partial(check, entry.record["meta"]))
@@ -267,8 +288,12 @@ class Checkpoints:
                 self.load(entry.path, tensors)
                 own = self.load_per_rank(entry.path)
             except CheckpointError as error:
+                # The folder is named once.
+                fault = str(error).removeprefix(f"reading {entry.path}: ").replace(f"{entry.path}/", "")
+                if self.strict:
+                    raise on_disk.refused(entry.path, fault) from error
                 if self.agreement.coordinator:
-                    self.report(f"skipping checkpoint {entry.path}: {error}")
+                    self._skip(f"skipping checkpoint {entry.path}: {fault}")
                 continue
             return Resumed(entry.path, entry.step, entry.record["meta"], own)
         if candidates:
@@ -285,6 +310,4 @@ def _complete(path: Path) -> Entry:
         raise ValueError(f"{path} is not a checkpoint (a folder named like {on_disk.checkpoint_name(100)})")
     if entry.fault:
         raise CheckpointError(f"{path}: {entry.fault}")
-    if seal(path / INDEX) != entry.record["index"]:
-        raise CheckpointError(f"{path / INDEX} is damaged, or of another save than {on_disk.META}")
     return entry

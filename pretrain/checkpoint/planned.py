@@ -28,11 +28,11 @@ from torch.futures import Future
 
 from pretrain.checkpoint import points
 from pretrain.checkpoint.blocks import CheckedReader, DamagedBlock, HashingWriter
-from pretrain.checkpoint.durable import write_bytes
+from pretrain.checkpoint.durable import write_new
 from pretrain.checkpoint.errors import CheckpointError
-from pretrain.checkpoint.sealed import read_sealed, write_sealed
+from pretrain.checkpoint.folder import INDEX, writer
+from pretrain.checkpoint.sealed import read_sealed, sealed
 
-INDEX = "index.json"
 ALIGNMENT = 64  # bytes at which every tensor begins
 
 
@@ -91,7 +91,7 @@ class Writer(dcp.StorageWriter):
             file.finish()
             sums = bytes(file.sums)
             size = file.position
-        write_bytes(self.folder / sums_of(name), sums)
+        write_new(self.folder / sums_of(name), sums)
         self.sizes = {name: size, sums_of(name): len(sums)}
         record = File(size, xxhash.xxh3_128_hexdigest(sums))
         for item, place in places:
@@ -117,7 +117,7 @@ class Writer(dcp.StorageWriter):
             tensors[name] = {"dtype": dtype, "shape": list(entry.size), "parts": parts}
         points.reached("writing")
         index = self.folder / INDEX
-        write_sealed(index, {"tensors": tensors, "files": files}, indent=None)
+        write_new(index, sealed({"tensors": tensors, "files": files}, indent=None))
         self.sizes[INDEX] = index.stat().st_size
 
 
@@ -178,13 +178,13 @@ class Reader(dcp.StorageReader):
         try:
             sums = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from error
+            raise CheckpointError(f"{path}{writer(name)}: {error.strerror}") from error
         if xxhash.xxh3_128_hexdigest(sums) != digest:
-            raise CheckpointError(f"{path}{_writer(name)} is damaged, or of another save than {INDEX}")
+            raise CheckpointError(f"{path}{writer(name)} is damaged, or of another save than {INDEX}")
         try:
-            return CheckedReader(self.folder / name, size, sums, _writer(name))
+            return CheckedReader(self.folder / name, size, sums, writer(name))
         except OSError as error:
-            raise CheckpointError(f"{self.folder / name}: {error.strerror}") from error
+            raise CheckpointError(f"{self.folder / name}{writer(name)}: {error.strerror}") from error
 
     def check(self) -> list[str]:
         """Reads everything; a line for each damaged block or file, with the tensors that lie there."""
@@ -241,7 +241,3 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def sums_of(name: str) -> str:
     return name.removesuffix(".data") + ".sums"
-
-
-def _writer(name: str) -> str:
-    return f" (written by rank {int(name.removesuffix('.data'))})"

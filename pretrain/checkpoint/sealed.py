@@ -8,23 +8,26 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.durable import write_text
+from pretrain.checkpoint.durable import write_bytes
 
 _BLANK = "0" * 64
 _SEAL = re.compile(r'"sha256": "([0-9a-f]{64})"\n?\}\n\Z')
 
 
-def write_sealed(path: Path, value: dict[str, Any], indent: int | None = 1) -> str:
-    """Writes `value` atomically and durably with a last key "sha256", the hash of the text with zeros there; returns it."""
+def sealed(value: dict[str, Any], indent: int | None = 1) -> bytes:
+    """`value` as JSON with a last key "sha256": the hash of the text with zeros in its place."""
     text = json.dumps({**value, "sha256": _BLANK}, indent=indent) + "\n"
-    seal = hashlib.sha256(text.encode()).hexdigest()
     head, _, tail = text.rpartition(_BLANK)
-    write_text(path, head + seal + tail)
-    return seal
+    return (head + hashlib.sha256(text.encode()).hexdigest() + tail).encode()
+
+
+def write_sealed(path: Path, value: dict[str, Any], indent: int | None = 1) -> None:
+    """Writes `value`, sealed, atomically and durably."""
+    write_bytes(path, sealed(value, indent))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises ValueError naming the file if anything in it differs, OSError if it cannot be read."""
+    """What `sealed` made. Raises ValueError naming the file if anything in it differs, OSError if it cannot be read."""
     data = path.read_bytes()
     try:
         text = data.decode()

@@ -49,7 +49,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor], agreement: Agreement | No
     tensor: parts of it if they are DTensors or Shares, equal copies if they are plain. A name may also live on one rank
     only. Each part is written once, under its place in the whole tensor. Returns on the
     coordinator the name and size in bytes of each file written by any rank, {} elsewhere. All are fsynced, and so is
-    the folder. Raises CheckpointError on every rank if any rank failed; files may then be left behind.
+    the folder, but for the coordinator: it has more to write there, and fsyncs the folder last of all. Raises
+    CheckpointError on every rank if any rank failed; files may then be left behind.
     """
     agreement = agreement or Agreement()
     writer = Writer(folder, agreement.rank)
@@ -65,7 +66,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor], agreement: Agreement | No
                 process_group=agreement.group,
                 no_dist=not agreement.distributed,
             )
-        fsync_folder(folder)
+        if not agreement.coordinator:
+            fsync_folder(folder)
         points.reached("written")
         return writer.sizes
 

@@ -132,7 +132,7 @@ def test_full_disk_and_failing_disk_reach_every_rank_and_leave_nothing(tmp_path:
             lambda path: (path / "00000.data").write_bytes((path / "00000.data").read_bytes()[:-1]),
             "bytes instead of",
         ),
-        (lambda path: (path / "00000.data").unlink(), "00000.data is missing"),
+        (lambda path: (path / "00000.data").unlink(), "00000.data (written by rank 0) is missing"),
         (lambda path: (path / "index.json").write_bytes(b""), "index.json has 0 bytes"),
         (lambda path: (path / "meta.json").unlink(), "meta.json is missing"),
         (lambda path: (path / "meta.json").write_text("{"), "damaged"),
