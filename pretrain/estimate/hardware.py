@@ -1,16 +1,24 @@
-"""How fast the chip is: nominally, from configs/hardware/*.yaml, and measured, by a short matrix product."""
+"""A chip, by its file in configs/hardware/: how fast it is, and which environment suits its drivers and collectives.
+
+How fast it is nominally; what a short matrix product measures is below. torch is imported only by what needs it: scripts read
+these files before a job starts.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from parallel.config import Strict
 from pretrain.exit import USAGE, Exit
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 
@@ -27,6 +35,20 @@ class Hardware(Strict):
     memory_gib: float = Field(gt=0)
     memory_bandwidth_gbs: float = Field(gt=0)
     """GB/s (1e9 bytes)."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables for NCCL or RCCL and the driver, set by launch/slurm.sh, or by hand: see launch/environment_of.py."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _names_and_texts(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError("must be NAME: value, a line each")
+        for name, text in value.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+                raise ValueError(f"{name!r} is not the name of an environment variable")
+            if isinstance(text, bool) or not isinstance(text, (str, int)):
+                raise ValueError(f"{name}: {text!r} is neither a number nor a text; put it in quotes")
+        return {name: str(text) for name, text in value.items()}
 
     def peak(self, precision: str) -> float:
         """FLOP/s at "bf16" or "fp32"."""
@@ -48,16 +70,24 @@ def detect(device: torch.device) -> Hardware | None:
     """The datasheet of this device, if configs/hardware/ has one that matches its name. CPUs have none: they differ too much."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower()
+    import torch
+
+    return named(torch.cuda.get_device_name(device))
+
+
+def named(name: str) -> Hardware | None:
+    """The file of configs/hardware/ that matches a device's full name."""
     for path in sorted(FOLDER.glob("*.yaml")):
         hardware = read(path)
-        if any(part.lower() in name for part in hardware.match):
+        if any(part.lower() in name.lower() for part in hardware.match):
             return hardware
     return None
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product on this device now: the best of several, after a warm-up. Takes well under a second."""
+    import torch
+
     size = 4096 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)  # its own, so that the job's random state stays as it was

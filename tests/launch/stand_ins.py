@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from tests.ranks import ROOT
+
 # Every Python with a rank says so: a file NODE-RANK in the folder PLACES.
 NOTE = """
 import os
@@ -27,25 +29,34 @@ COMMANDS = {
             sys.exit("no processes are looked for by name here")
         sys.exit(everywhere([(host, ["bash", "-c", command.replace("%n", str(n))], {}) for n, host in enumerate(hosts)]))
         """,
-    # srun [options] COMMAND...: one task on each of two nodes; the largest exit code
+    # srun [options] python ARGUMENTS...: one task on each of two nodes; the largest exit code
     "srun": """
+        (here / "srun").write_text(json.dumps(sys.argv))
+        (here / "environment").write_text(json.dumps(dict(os.environ)))
         if "STEP_ENDS_WITH" in os.environ:
             sys.exit(int(os.environ["STEP_ENDS_WITH"]))
-        (here / "srun").write_text(json.dumps(sys.argv))
-        command = sys.argv[sys.argv.index("bash") :]
-        tasks = [
-            (host, command, {"SLURM_PROCID": str(n), "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"})
-            for n, host in enumerate(("127.0.0.1", "127.0.0.2"))
-        ]
-        sys.exit(everywhere(tasks))
+        command = sys.argv[sys.argv.index("python") :]
+        hosts = ("127.0.0.1", "127.0.0.2")
+        sys.exit(everywhere([(host, command, {"SLURMD_NODENAME": host, "PET_LOCAL_ADDR": host}) for host in hosts]))
         """,
+    # Every call is noted. Slurm may refuse to change a job that does not wait in the queue.
     "scontrol": """
+        before = (here / "scontrol").read_text() if (here / "scontrol").exists() else ""
+        (here / "scontrol").write_text(before + " ".join(sys.argv[1:]) + "\\n")
         if sys.argv[1:3] == ["show", "hostnames"]:
             print("127.0.0.1", "127.0.0.2", sep="\\n")
-        elif sys.argv[1] == "requeue":
-            (here / "requeued").write_text(sys.argv[2])
+        elif sys.argv[1:3] == ["show", "job"]:
+            print("JobId=4711 JobName=braid\\n   ReqNodeList=(null) ExcNodeList=" + os.environ.get("EXCLUDED", "(null)"))
+        elif sys.argv[1] == "update" and "LATE" in os.environ and "requeue" not in before:
+            sys.exit("Job is no longer pending execution")
+        """,
+    "nvidia-smi": """
+        print(os.environ.get("GPUS", ""))
         """,
 }
+
+# What Slurm says to a job.
+JOB_OF_SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "[two nodes]", "SLURM_SUBMIT_DIR": str(ROOT)}
 
 HEAD = """
 import json, os, subprocess, sys

@@ -1,4 +1,4 @@
-"""One training job over two nodes, started by torchrun, by deepspeed and by srun: the job that one node would do.
+"""One training job over two nodes, started by torchrun, by deepspeed and by launch/slurm.sh: the job that one node would do.
 
 The nodes are this machine twice, by two of its addresses. The commands that reach other machines (ssh, pdsh, srun) are stand-ins
 that run what they are given right here, and say in the environment which node it is.
@@ -6,7 +6,6 @@ that run what they are given right here, and say in the environment which node i
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.stand_ins import install
+from tests.launch.stand_ins import JOB_OF_SLURM, install
+from tests.launch.supervised import family, journal, running, until
 from tests.pretrain.train.small_run import SETTINGS, losses, train_on_rank
 from tests.ranks import QUIET, ROOT, free_port, run_ranks
 
@@ -22,6 +22,7 @@ MAIN = ["pretrain/main.py", "--config", "configs/runs/quickstart.yaml", *SETTING
 JOB = ("train.steps=2", "train.precision=fp32", "mesh.ep=2")
 TENSOR = (*JOB, "mesh.tp=2")
 ZERO = (*JOB, "engine.kind=deepspeed")
+PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 NODES = ("127.0.0.1", "127.0.0.2")
 
 
@@ -42,8 +43,7 @@ def places(tmp_path: Path) -> dict[str, list[int]]:
 
 
 def on_one_node(run: Path, corpus: Path, overrides: tuple[str, ...], world: int = 4) -> list[float]:
-    preload = ("deepspeed", "megatron.core.datasets.indexed_dataset")
-    run_ranks(train_on_rank, world, run, corpus, overrides, preload=preload)
+    run_ranks(train_on_rank, world, run, corpus, overrides, preload=PRELOAD)
     return losses(run)
 
 
@@ -86,44 +86,35 @@ def test_deepspeed_on_two_nodes(corpus: Path, tmp_path: Path, environment: dict[
     assert losses(tmp_path / "run") == on_one_node(tmp_path / "one", corpus, ZERO)
 
 
-def test_slurm_on_two_nodes(corpus: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    settings = [*SETTINGS, "train.steps=1", "train.precision=fp32", f"data.path={corpus}"]
-    done = slurm(["configs/runs/quickstart.yaml", *settings, f"run={tmp_path / 'run'}"], environment)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert places(tmp_path) == {NODES[0]: [0], NODES[1]: [1]}
-    assert "dp 2 = 2 rank(s)" in done.stdout
-    assert losses(tmp_path / "run") == on_one_node(
-        tmp_path / "one", corpus, ("train.steps=1", "train.precision=fp32"), 2
-    )
-    asked = json.loads((tmp_path / "srun").read_text())
-    assert "--distribution=block" in asked  # ranks of a node are neighbours
-    assert not (tmp_path / "requeued").exists()
-
-
-@pytest.mark.parametrize("code", [75, 2, 137])
-def test_slurm_requeues_what_was_preempted_and_nothing_else(
-    code: int, tmp_path: Path, environment: dict[str, str]
+def test_slurm_on_two_nodes_saves_once_before_the_time_limit(
+    corpus: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    done = slurm(["configs/runs/quickstart.yaml"], {**environment, "STEP_ENDS_WITH": str(code)})
-    assert done.returncode == code
-    assert (tmp_path / "requeued").exists() == (code == 75)
-    if code == 75:
-        assert (tmp_path / "requeued").read_text() == "4711"
-
-
-def test_slurm_without_arguments_says_how(environment: dict[str, str]) -> None:
-    done = slurm([], environment)
-    assert done.returncode == 2 and "usage: sbatch" in done.stderr
-
-
-def slurm(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    job = {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_JOB_NODELIST": "[two nodes]",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_TASKS_PER_NODE": "1(x2)",
-    }
-    return call(["bash", str(ROOT / "launch/slurm.sh"), *arguments], {**environment, **job}, cwd="/")
+    """A supervisor and a torchrun on each node; Slurm's signal ends in one checkpoint, exit code 75 and the queue."""
+    run, precision = tmp_path / "run", "train.precision=fp32"
+    endless = ("train.steps=100000", "checkpoint.every=100000", precision)
+    arguments = ["--ranks-per-node", "1", "configs/runs/quickstart.yaml", *SETTINGS, *endless]
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "launch/slurm.sh"), *arguments, f"data.path={corpus}", f"run={run}"],
+        env={**environment, **JOB_OF_SLURM}, cwd="/", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    with running(process):
+        until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 2, process, 120)
+        supervisors = [each for each in family(process.pid) if each.cmdline()[1:3] == ["-m", "launch.supervise"]]
+        assert len(supervisors) == 2
+        for each in supervisors:
+            each.send_signal(signal.SIGUSR1)
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, said[-3000:]
+    assert "dp 2 = 2 rank(s)" in said and "back into the queue" in said
+    assert sorted(places(tmp_path).values()) == [[0], [1]]
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 4711"
+    done = len(losses(run))
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == [f"step_{done:08d}"]
+    ends = journal(run, "end")
+    assert [(end["code"], end["why"]) for end in ends] == [(75, "stopped by SIGUSR1")] * 2
+    assert sorted(end["host"] for end in ends) == list(NODES)
+    run_ranks(train_on_rank, 2, tmp_path / "one", corpus, endless, done, preload=PRELOAD)
+    assert losses(run) == losses(tmp_path / "one")
 
 
 def call(command: list[str], environment: dict[str, str], cwd: str | Path = ROOT) -> subprocess.CompletedProcess[str]:
