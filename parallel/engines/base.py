@@ -24,6 +24,10 @@ class MicroBatch(Protocol):
     def cu_seqlens(self) -> Tensor: ...
 
 
+Veto = Callable[[float], bool] | None
+"""The global gradient norm -> whether the update is called off."""
+
+
 class Engine(ABC):
     """Owns the model and the optimizer of this rank.
 
@@ -71,17 +75,31 @@ class Engine(ABC):
         global loss. last: the step's final micro-batch, after which the engine may communicate."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, veto: Veto = None) -> float:
         """Clips, updates with this learning rate and clears the gradients.
 
         Returns the global gradient norm before clipping, the same number on every rank. When it is not finite, nothing is
-        updated, on any rank.
+        updated, on any rank. veto: asked on every rank, with a norm that is finite, before anything is updated; if it says True,
+        on all ranks alike, the gradients are dropped and parameters and optimizer stay as they are.
         """
+
+    def watch(self) -> bool:
+        """From now on keeps what `evidence` tells. Returns whether it can."""
+        return False
+
+    def evidence(self) -> bytes:
+        """What this rank alone computed in the latest step, before its gradients were summed with other ranks', to be compared
+        with the same step computed again. Nothing where an engine's gradients are never seen apart."""
+        return b""
 
     @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
         """Model and optimizer by name: `model/<name>` and `optimizer/<parameter>/<key>`, the same names and global shapes
         whatever the engine and the number of ranks. Collective."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        """By name, all that may be on several ranks and must be the same on them (see parallel/replicas.py). Collective."""
+        return self.state_tensors()
 
     @abstractmethod
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from parallel.config import Strict
 from parallel.context import cut_batch
 from parallel.engines.apart import hidden, shared_out
-from parallel.engines.base import Engine
+from parallel.engines.base import Engine, Veto
 from parallel.engines.fragment import Fragment
 from parallel.gradients import GradientRule
 from parallel.layout import cuts, plain_name
@@ -158,8 +158,10 @@ class DeepSpeedEngine(Engine):
         with hidden(model, set(self.apart.values())):  # what it finds it takes over, and copies from rank 0
             self.engine, *_ = deepspeed.initialize(model=_KeepAutocast(model), optimizer=ours, config=settings)
         self.zero: Any = self.engine.optimizer
-        if self.experts is not None:
-            self._one_norm()
+        self.norm, self.expert_norm = math.inf, 0.0
+        self.veto: Veto = None
+        self.called_off = False
+        self._judge_norms()
         # Now: DeepSpeed ties state to parameters once, after the first group's first step, when other groups have none yet.
         self._initialise_state()
 
@@ -175,27 +177,48 @@ class DeepSpeedEngine(Engine):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.ranks, scale_wrt_gas=False)  # DeepSpeed averages; the interface promises a sum
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, veto: Veto = None) -> float:
         for optimizer in (self.engine.optimizer, self.experts):
             for group in [] if optimizer is None else optimizer.param_groups:
                 group["lr"] = lr
         self._reduce_experts()
-        self.engine.step()  # DeepSpeed itself skips the update when the norm is not finite
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        self._update_experts(norm)
-        return norm
+        # Where it meets something that is not finite before it takes a norm, the norm stays as it is here.
+        self.norm, self.veto = math.inf, veto
+        self.engine.step()
+        self._update_experts(updated=not self.zero.overflow)
+        return self.norm
+
+    def _judge_norms(self) -> None:
+        """Has DeepSpeed take its norm through `_judged`.
+
+        When the norm is not finite it drops the gradients and updates nothing, as it does with a loss scale that was too large:
+        a veto goes the same way. Stages 1 and 2 ask for the norm, stage 3 for the norms of groups.
+        """
+        if self.stage == 3:
+            groups = self.zero._get_norm_groups
+
+            def judged(*args: Any, **kwargs: Any) -> list[Tensor]:
+                norms = groups(*args, **kwargs)
+                each = torch.stack([torch.as_tensor(norm) for norm in norms])
+                good = (each >= 0).all() & each.isfinite().all()  # DeepSpeed says -1 for one that is not finite
+                whole = self._judged(torch.where(good, torch.linalg.vector_norm(each), math.inf))
+                return [whole] if self.called_off else norms
+
+            self.zero._get_norm_groups = judged
+        else:
+            whole = self.zero.scaled_global_norm
+            self.zero.scaled_global_norm = lambda *args, **kwargs: self._judged(whole(*args, **kwargs))
+
+    def _judged(self, norm: Tensor) -> Tensor:
+        """DeepSpeed's norm -> that by which it clips, with the experts in it; not finite to skip the step."""
+        if self.experts is not None:
+            norm = (norm.double().square() + self.expert_norm**2).sqrt().to(norm.dtype)
+        value = float(norm)
+        self.norm = value if math.isfinite(value) else math.inf
+        self.called_off = math.isfinite(value) and self.veto is not None and self.veto(value)
+        return torch.full_like(norm, math.inf) if self.called_off else norm
 
     # -------------------------------------------------------------------------- experts that DeepSpeed does not know of
-
-    def _one_norm(self) -> None:
-        """Has DeepSpeed count the experts in the norm by which it clips, and skip the step when they are not finite."""
-        partitions = self.zero.scaled_global_norm
-
-        def both(*args: Any, **kwargs: Any) -> Tensor:
-            norm = partitions(*args, **kwargs)
-            return (norm.double().square() + self.expert_norm**2).sqrt().to(norm.dtype)
-
-        self.zero.scaled_global_norm = both
 
     def _reduce_experts(self) -> None:
         if self.experts is not None:
@@ -204,11 +227,11 @@ class DeepSpeedEngine(Engine):
             self.rule.reduce()
             self.expert_norm = self.rule.clip(None)
 
-    def _update_experts(self, norm: float) -> None:
+    def _update_experts(self, updated: bool) -> None:
         if self.experts is None:
             return
-        if math.isfinite(norm):
-            if self.clip is not None and (factor := self.clip / (norm + 1e-6)) < 1.0:
+        if updated:
+            if self.clip is not None and (factor := self.clip / (self.norm + 1e-6)) < 1.0:
                 torch._foreach_mul_([p.grad for p in self.apart.values() if p.grad is not None], factor)
             self.experts.step()
         self.experts.zero_grad(set_to_none=True)
@@ -256,6 +279,11 @@ class DeepSpeedEngine(Engine):
         if self.experts is not None:
             tensors |= optimizer_tensors(self.model, self.experts)
         return tensors
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Partitions are on one rank each. What the model computes with is on all of them, but for stage 3."""
+        copies = {} if self.stage == 3 else {f"model/{name} (copy)": p.detach() for name, p in self.names.items()}
+        return {**self.state_tensors(), **copies}
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from parallel.config import Strict
 from parallel.context import cut_batch
-from parallel.engines.base import Engine
+from parallel.engines.base import Engine, Veto
+from parallel.engines.evidence import Evidence, WatchedReduceScatter
 from parallel.gradients import GradientRule, sum_gradients
-from parallel.layout import cuts
+from parallel.layout import cuts, local
 from parallel.mesh import Mesh
 from parallel.state import (
     load_model_tensors,
@@ -58,6 +59,7 @@ class TorchEngine(Engine):
             self.shard(blocks, config.reshard_after_forward)
         self.optimizer: Optimizer = optimizer(model)
         self.rule = GradientRule(model, mesh, self.copies())
+        self.seen: Evidence | None = None
 
     def shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
         """Shards the model over its data-parallel ranks."""
@@ -77,23 +79,37 @@ class TorchEngine(Engine):
 
     def reduce(self) -> None:
         """Completes the sums over ranks: from here on every gradient is the whole job's. `step` begins with it."""
+        if self.seen is not None:
+            self.seen.see([local(p.grad) for p in self.model.parameters() if p.grad is not None])
+            self.seen.close()
         if not self.sharded:
             sum_gradients(self.model, self.mesh)
         self.rule.reduce()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, veto: Veto = None) -> float:
         self.reduce()
-        return self.update(lr)
+        return self.update(lr, veto)
 
-    def update(self, lr: float) -> float:
+    def update(self, lr: float, veto: Veto = None) -> float:
         """What follows in a step: clips, updates, clears the gradients; returns their norm before clipping."""
         norm = self.rule.clip(self.clip)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not (veto is not None and veto(norm)):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def watch(self) -> bool:
+        if self.mesh.processes.world > 1:  # alone, a rank needs no evidence that it was the one
+            self.seen = Evidence()
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_custom_reduce_scatter(WatchedReduceScatter(self.seen))  # type: ignore[arg-type]
+        return True
+
+    def evidence(self) -> bytes:
+        return b"" if self.seen is None else self.seen.bits()
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.data.batch import Batch, pack
 from pretrain.data.errors import UsageError
-from pretrain.data.order import ORDER_VERSION, Order
+from pretrain.data.order import ORDER_VERSION, Order, joined, past
 from pretrain.data.store import Corpus
 
 
@@ -16,7 +16,8 @@ class Loader:
 
     Step s consumes `global_batch` consecutive sequences of the order. Micro-batch m of rank r holds sequences (m *
     ranks + r) * micro_batch + [0, micro_batch) of them, so the set of sequences in a step, and their order through
-    micro-batches and ranks, is the same for any number of ranks.
+    micro-batches and ranks, is the same for any number of ranks. `skipped` spans of the order are passed over, whatever the
+    step: sequences are counted without them.
 
     global_batch: sequences per step over all ranks. micro_batch: sequences per micro-batch. prefetch: prepare the
     next step on a thread. Raises ValueError if global_batch does not divide by ranks * micro_batch, DataError for
@@ -60,6 +61,7 @@ class Loader:
         self._base_step = 0
         self._base_sequence = 0
         self._next_step = 0
+        self.skipped: list[tuple[int, int]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -79,6 +81,17 @@ class Loader:
         if step < 0 or first < 0:
             raise UsageError(f"step {step} lies before the first sequence of this run")
         return first
+
+    def position(self, step: int) -> int:
+        """Where the order stands after `step` steps of this run: the number after that of the last sequence used."""
+        return past(self.skipped, self.first_sequence(step) - 1) + 1
+
+    def skip_to(self, position: int) -> None:
+        """Leaves out what comes next, up to `position`, in this run and in those that load its state."""
+        self._drop_ahead()
+        first = past(self.skipped, self.first_sequence(self._next_step))
+        if first < position:
+            self.skipped = joined(self.skipped, first, position)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, in the order in which to run them. Any step may be asked
@@ -100,7 +113,7 @@ class Loader:
         result = []
         for number in range(self.micro_batches):
             start = first + (number * self.ranks + self.rank) * self.micro_batch
-            windows = [self.order.spans(start + i) for i in range(self.micro_batch)]
+            windows = [self.order.spans(past(self.skipped, start + i)) for i in range(self.micro_batch)]
             result.append(pack(self.corpus, windows, self.order.sequence_length))
         return result
 
@@ -113,6 +126,7 @@ class Loader:
             "sequence_length": self.order.sequence_length,
             "step": self._next_step,
             "sequences": self.first_sequence(self._next_step),
+            "skipped": [list(span) for span in self.skipped],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,6 +153,7 @@ class Loader:
         self._drop_ahead()
         self._base_step = self._next_step = int(state["step"])
         self._base_sequence = int(state["sequences"])
+        self.skipped = [(int(first), int(end)) for first, end in state.get("skipped", [])]
 
     def _drop_ahead(self) -> None:
         # The thread must be done before the numbering and the order's tables, which it reads, are used from here.

@@ -13,6 +13,7 @@ generators, whose streams may change between releases: an order that a checkpoin
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,25 @@ def cut(ends: np.ndarray, documents: np.ndarray | None, start: int, length: int)
             spans.append(Span(int(documents[place]) if documents is not None else place, offset, size))
         start, length, place = start + size, length - size, place + 1
     return spans
+
+
+Skipped = Sequence[tuple[int, int]]
+"""Sequence numbers [first, end) that a run leaves out; ascending, apart from each other."""
+
+
+def past(skipped: Skipped, used: int) -> int:
+    """The number, in the order, of the sequence that a run uses after it has used `used` others."""
+    for first, end in skipped:
+        if used >= first:
+            used += end - first
+    return used
+
+
+def joined(skipped: Skipped, first: int, end: int) -> list[tuple[int, int]]:
+    """`skipped` with [first, end) added."""
+    apart = [span for span in skipped if span[1] < first or span[0] > end]
+    touching = [(first, end), *(span for span in skipped if span not in apart)]
+    return sorted([*apart, (min(span[0] for span in touching), max(span[1] for span in touching))])
 
 
 class Order:
