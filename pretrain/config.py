@@ -22,6 +22,7 @@ from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
 from pretrain.optim.adamw import AdamWConfig
 from pretrain.optim.schedules import CosineConfig, ScheduleConfig
+from pretrain.watch.config import WatchdogConfig
 
 
 class TrainConfig(Strict):
@@ -90,6 +91,7 @@ class RunConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     hardware: Path | None = None
     """A file of configs/hardware/ with the chip's nominal speed, for MFU; found by the device's name when left out."""
 

@@ -18,8 +18,8 @@ EXAMPLES = """examples:
   python pretrain/main.py --config configs/runs/quickstart.yaml --print-config
 
 A run that was interrupted goes on from its newest checkpoint when the same command is given again.
-Exit codes: 0 finished, 1 error, 2 bad usage or configuration, 75 preempted after a save (run again), 77 corrupt or missing
-data, 78 no loadable checkpoint although some exist, 79 persistent numerical fault."""
+Exit codes: 0 finished, 1 error, 2 bad usage or configuration, 75 preempted after a save (run again), 76 hang, 77 corrupt or
+missing data, 78 no loadable checkpoint although some exist, 79 persistent numerical fault."""
 
 
 # Idle OpenMP threads spin for microseconds only, then sleep: left to spin, they slow a step down many times over on a machine
@@ -41,12 +41,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print what the run would cost and leave; needs no devices"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    parser.add_argument(
+        "--unwatched",
+        action="store_true",
+        help="train in this very process, for profilers and debuggers: no watchdog, signals seen between steps only",
+    )
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    if arguments.print_config or arguments.dry_run or arguments.unwatched:
+        return run(arguments)
+    from pretrain.watch.start import watched  # before torch, pydantic and their threads, which no fork survives
+
+    return watched(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
     from pretrain import config as configuration
+    from pretrain.train import heartbeat
 
     try:
         config = configuration.load(arguments.config, arguments.overrides)
@@ -62,8 +76,10 @@ def main(argv: list[str] | None = None) -> int:
 
         return train(config)
     except configuration.ConfigError as error:
+        heartbeat.error(error)
         return fail(str(error), 2)
     except Exception as error:
+        heartbeat.error(error)
         code = getattr(error, "exit_code", None)
         if code is None:
             raise

@@ -28,7 +28,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.store import Corpus
 from pretrain.model.decoder import Decoder
 from pretrain.model.stage import Stage, Stages
-from pretrain.train import layout
+from pretrain.train import heartbeat, layout
 from pretrain.train.callback import Run
 from pretrain.train.save import FOLDER, restore
 
@@ -51,6 +51,7 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
     Raises ConfigError for what the configuration gets wrong, DataError for missing or damaged data, NoLoadableCheckpoint.
     """
     mesh = or_usage(lambda: Mesh(config.mesh, job))
+    heartbeat.phase("data")
     corpus, validation = open_data(config)
     config = with_vocabulary(config, corpus.vocabulary_size)
     loader = or_usage(
@@ -71,6 +72,7 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
         keep_every=config.checkpoint.keep_every or 0,
         agreement=agreement,
     )
+    heartbeat.phase("model")
     engine = _first_engine(config, job, mesh, None if checkpoints.newest() else config.train.initial, agreement)
     run = Run(config, job, engine, cast(Decoder | Stages, engine.model))
     checkpoints.sweep()

@@ -20,7 +20,7 @@ from pretrain.estimate import flops, hardware
 from pretrain.exit import FINISHED, NUMERICAL, PREEMPTED, Exit
 from pretrain.model.decoder import Decoder
 from pretrain.model.files import count, empty
-from pretrain.train import layout
+from pretrain.train import heartbeat, layout
 from pretrain.train.balance import Balance
 from pretrain.train.build import Assembled, assemble, or_usage
 from pretrain.train.callback import Callback, Run
@@ -28,7 +28,7 @@ from pretrain.train.metrics import Metrics
 from pretrain.train.plot import LossCurve
 from pretrain.train.progress import Progress, human
 from pretrain.train.save import Save
-from pretrain.train.signals import Signals
+from pretrain.train.signals import Arm, Signals
 from pretrain.train.step import train_step
 from pretrain.train.validation import Validation
 
@@ -36,19 +36,24 @@ from pretrain.train.validation import Validation
 def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
     """Trains, or goes on training, and returns the exit code. `extra` callbacks run before the built-in ones."""
     with Signals() as signals:
+        heartbeat.watch(config)
         layout.check(config, int(os.environ.get("WORLD_SIZE", 1)))  # before anybody waits for anybody
         alone = config.engine.kind == "deepspeed"  # which wants a group for one rank, too
+        heartbeat.phase("rendezvous")
         job = or_usage(lambda: processes.join(config.train.device, config.train.timeout, group_for_one=alone))
         try:
             agreement = Agreement()
+            heartbeat.joined(agreement)
             with Lease(config.run, agreement=agreement):
-                loop = Loop(assemble(config, job, agreement), extra, lambda: signals.received is not None)
+                loop = Loop(assemble(config, job, agreement), [Arm(signals), *extra], lambda: signals.flag)
                 try:
                     loop.begin()
-                    signals.armed = True
                     while not loop.run.last:
                         loop.once()
                     return loop.end(signals.received)
+                except BaseException as error:
+                    heartbeat.error(error)
+                    raise
                 finally:
                     loop.close()
         finally:
@@ -68,7 +73,7 @@ class Loop:
             Balance(parts.mesh),
             Metrics(config.log.tensorboard),
             self.progress,
-            Validation(parts.validation, self.progress, parts.mesh),
+            Validation(parts.validation, self.progress, parts.mesh, flag),
             Save(parts.checkpoints, parts.loader, self.progress),
             LossCurve(),
         ]
@@ -86,6 +91,7 @@ class Loop:
     def once(self) -> None:
         """One step, its metrics, and everything that hangs on it."""
         run, config = self.run, self.run.config
+        heartbeat.phase("step", run.step + 1)
         start = time.perf_counter()
         batches = self.parts.loader.batches(run.step)
         lr = config.optimizer.lr * config.schedule.factor(run.step, config.train.steps)
@@ -127,6 +133,7 @@ class Loop:
     def end(self, received: str | None) -> int:
         """The exit code, after the callbacks' last words."""
         run = self.run
+        heartbeat.phase("end", run.step)
         for callback in self.callbacks:
             callback.on_end(run)
         if run.stop == "preempted":
@@ -137,6 +144,7 @@ class Loop:
         return FINISHED
 
     def close(self) -> None:
+        heartbeat.phase("end", self.run.step)
         self.parts.loader.close()
         for callback in self.callbacks:
             callback.close()

@@ -14,6 +14,7 @@ from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.identity import check_same_model
 from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.data.loader import Loader
+from pretrain.train import heartbeat
 from pretrain.train.callback import Callback, Run
 from pretrain.train.progress import Progress
 
@@ -37,6 +38,7 @@ class Save(Callback):
 
     def save(self, run: Run) -> None:
         """Begins a save of this step, after the one before has ended. The last one of a run is complete on return."""
+        heartbeat.phase("save", run.step)
         try:
             waited = self.background.wait()
             if waited is not None:
@@ -93,6 +95,7 @@ def restore(run: Run, checkpoints: Checkpoints, loader: Loader) -> bool:
 
     Raises ValueError when the checkpoint belongs to another model or data order.
     """
+    heartbeat.phase("load")
     tensors = run.engine.state_tensors()
     resumed = checkpoints.resume(tensors, check=lambda meta: _check(run, meta, loader))
     if resumed is None:

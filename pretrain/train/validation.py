@@ -4,37 +4,58 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from parallel.mesh import Mesh
+from pretrain.data.batch import Batch
 from pretrain.data.store import Corpus
 from pretrain.data.validation import ValidationSet
 from pretrain.evaluate.perplexity import score
+from pretrain.train import heartbeat, metrics
 from pretrain.train.callback import Callback, Run
 from pretrain.train.metrics import finite, keep_until
 from pretrain.train.progress import Progress
 
 FILE = "validation.jsonl"
+ASK = 4  # batches; every rank has equally many, so all ask each other at the same ones whether one was told to stop
 
 
 class Validation(Callback):
-    def __init__(self, corpus: Corpus, progress: Progress, mesh: Mesh):
-        self.corpus, self.progress, self.mesh = corpus, progress, mesh
+    """flag: whether this rank was told to stop. A validation that was cut short leaves no record; the next start does it."""
+
+    def __init__(self, corpus: Corpus, progress: Progress, mesh: Mesh, flag: Callable[[], bool] = lambda: False):
+        self.corpus, self.progress, self.mesh, self.flag = corpus, progress, mesh, flag
+        self.cut = False
 
     def on_start(self, run: Run) -> None:
+        missing = False
         if run.processes.first:
             # A finished run that is started again validates again: its last line is replaced.
             finished = run.step >= run.config.train.steps
             keep_until(run.folder / FILE, run.step - 1 if finished else run.step)
+            path = run.folder / FILE
+            missing = run.step not in {record["step"] for record in metrics.read(path)} if path.exists() else True
+        if self._due(run) and run.processes.broadcast(missing):
+            self.validate(run, run.config.validation.sequences)
 
     def on_step(self, run: Run) -> None:
-        every = run.config.validation.every
-        if every is not None and run.step % every == 0 and run.step < run.config.train.steps:
+        if self._due(run):
             self.validate(run, run.config.validation.sequences)
+            heartbeat.phase("step", run.step)
+
+    def _due(self, run: Run) -> bool:
+        every = run.config.validation.every
+        return every is not None and 0 < run.step < run.config.train.steps and run.step % every == 0
+
+    def on_rewind(self, run: Run) -> None:
+        if run.processes.first:
+            keep_until(run.folder / FILE, run.step)
 
     def on_end(self, run: Run) -> None:
         if run.stop is None:
             self.validate(run, None)
+            heartbeat.phase("end", run.step)
 
     def validate(self, run: Run, sequences: int | None) -> None:
         config, processes = run.config, run.processes
@@ -49,12 +70,15 @@ class Validation(Callback):
         result = score(
             run.engine.evaluate,
             run.model,
-            batches,
+            self._until_told(batches, run),
             self.corpus.token_bytes,
             processes,
             config.train.precision,
             self.mesh,
         )
+        if self.cut:
+            run.stop = "preempted"
+            return
         record: dict[str, Any] = {"step": run.step, "tokens": run.tokens, **result}
         scope = "whole validation split" if sequences is None else f"{sequences} validation sequences"
         bits = "" if math.isnan(result["bits_per_byte"]) else f"  {result['bits_per_byte']:.3f} bits per byte"
@@ -62,3 +86,11 @@ class Validation(Callback):
         if processes.first:
             with (run.folder / FILE).open("a") as file:
                 file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+    def _until_told(self, batches: ValidationSet, run: Run) -> Iterator[Batch]:
+        for number, batch in enumerate(batches):
+            heartbeat.phase("evaluation", run.step)  # for each batch: the whole split takes longer than a part of it
+            if number % ASK == 0 and run.processes.sum([float(self.flag())])[0] > 0:
+                self.cut = True
+                return
+            yield batch

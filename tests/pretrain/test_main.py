@@ -200,7 +200,9 @@ def test_run_folder_in_use(corpus: Path, tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline()
-        one_line(call(*arguments), 1, str(tmp_path), str(process.pid))
+        holder = json.loads((tmp_path / "lease.json").read_text())["pid"]
+        assert Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[1] == str(process.pid)  # its child
+        one_line(call(*arguments), 1, str(tmp_path), f"process {holder} ")
     finally:
         process.kill()
         process.wait()

@@ -106,7 +106,7 @@ def test_first_signal_is_noted_once_there_is_state_and_a_later_one_leaves(monkey
         assert signals.received == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGTERM)  # at once: the same request by another way
         assert signals.received == "SIGUSR1"
-        monkeypatch.setattr("pretrain.train.signals.PATIENCE", 0.0)
+        monkeypatch.setattr("pretrain.train.signals.REPEAT", 0.0)
         with pytest.raises(Preempted):
             os.kill(os.getpid(), signal.SIGTERM)
 
