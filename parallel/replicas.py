@@ -116,7 +116,7 @@ def fingerprint(block: Tensor) -> Tensor:
         flat = block.reshape(-1)
         if flat.numel() == 0 or flat.stride(0) != 1:
             flat = flat.clone(memory_format=torch.contiguous_format)
-        return torch.tensor(_signed(xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy())))
+        return torch.tensor(_signed(xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy().data)))
     return block.view(_INTEGERS[block.element_size()]).sum(dtype=torch.int64)
 
 

@@ -22,6 +22,7 @@ from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
 from pretrain.optim.adamw import AdamWConfig
 from pretrain.optim.schedules import CosineConfig, ScheduleConfig
+from pretrain.train.faults.config import FaultsConfig
 from pretrain.watch.config import WatchdogConfig
 
 
@@ -48,7 +49,7 @@ class TrainConfig(Strict):
     initial: Path | None = None
     """Start from these weights while this run has no checkpoint of its own: a run, a checkpoint, or an imported folder."""
     bad_steps: int = Field(10, ge=1)
-    """Steps in a row with a gradient that is not finite, all of them skipped, after which the run ends with exit code 79."""
+    """Steps in a row that were skipped (see faults), after which the run ends with exit code 79."""
 
 
 class CheckpointConfig(Strict):
@@ -60,6 +61,8 @@ class CheckpointConfig(Strict):
     """Newest checkpoints to keep."""
     keep_every: int | None = Field(None, ge=1)
     """Also keep every checkpoint whose step is a multiple of this."""
+    strict: bool = False
+    """When the newest checkpoint is damaged, end with exit code 78 instead of going back to the one before it."""
     allow_changes: list[str] = Field(default_factory=list)
     """Dotted keys that may differ from the checkpoint's at resume although they change the data order."""
 
@@ -89,6 +92,7 @@ class RunConfig(Strict):
     mesh: MeshConfig = MeshConfig()
     engine: EngineConfig = TorchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

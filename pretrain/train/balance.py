@@ -39,7 +39,8 @@ class Balance(Callback):
         # One reduction for all layers: every rank then moves the biases by the same numbers.
         own = torch.cat(loads)
         total = run.processes.sum_(own) if self.total is None else self.total(own)
-        counted = math.isfinite(run.record["grad_norm"])  # a skipped step moves nothing, and its logits may be NaN
+        # A skipped step moves nothing, and its logits may be NaN.
+        counted = math.isfinite(run.record["grad_norm"]) and "skipped" not in run.record
         entropy, skipped = {}, {}
         for (name, router), load in zip(routers.items(), total.split([load.numel() for load in loads])):
             router.rebalance(load if counted else torch.zeros_like(load))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.train.faults.state import FaultState
+
 if TYPE_CHECKING:
     from parallel.engines import Engine
     from parallel.processes import Processes
@@ -28,6 +30,8 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     stop: str | None = None
     """Set to a reason to end the run after this step."""
+    faults: FaultState = field(default_factory=FaultState)
+    """What decisions about faulty steps go by, besides the step."""
 
     @property
     def folder(self) -> Path:
@@ -46,6 +50,9 @@ class Callback:
 
     def on_step(self, run: Run) -> None:
         """After a step; run.record holds its metrics."""
+
+    def on_rewind(self, run: Run) -> None:
+        """After the run went back to an earlier checkpoint; run.step is that one's. What was kept of later steps must go."""
 
     def on_end(self, run: Run) -> None:
         """After the last step."""

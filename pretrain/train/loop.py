@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,19 +16,23 @@ from pretrain.checkpoint.lease import Lease
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.estimate import flops, hardware
-from pretrain.exit import FINISHED, NUMERICAL, PREEMPTED, Exit
+from pretrain.exit import FINISHED, PREEMPTED
 from pretrain.model.decoder import Decoder
 from pretrain.model.files import count, empty
 from pretrain.train import heartbeat, layout
 from pretrain.train.balance import Balance
 from pretrain.train.build import Assembled, assemble, or_usage
 from pretrain.train.callback import Callback, Run
+from pretrain.train.faults.events import Events
+from pretrain.train.faults.guard import Guard
+from pretrain.train.faults.replica_check import ReplicaCheck
+from pretrain.train.faults.rewind import Rewind
 from pretrain.train.metrics import Metrics
 from pretrain.train.plot import LossCurve
 from pretrain.train.progress import Progress, human
 from pretrain.train.save import Save
 from pretrain.train.signals import Arm, Signals
-from pretrain.train.step import train_step
+from pretrain.train.step import StepResult, train_step
 from pretrain.train.validation import Validation
 
 
@@ -67,6 +70,7 @@ class Loop:
         self.run, self.parts, self.flag = parts.run, parts, flag
         config = parts.run.config
         self.progress = Progress(config.log.every)
+        self.save = Save(parts.checkpoints, parts.loader, self.progress)
         # The order matters: balancing completes the record; saving comes last, so that a saved step lacks nothing.
         self.callbacks: list[Callback] = [
             *extra,
@@ -74,12 +78,15 @@ class Loop:
             Metrics(config.log.tensorboard),
             self.progress,
             Validation(parts.validation, self.progress, parts.mesh, flag),
-            Save(parts.checkpoints, parts.loader, self.progress),
+            self.save,
             LossCurve(),
         ]
         self.whole = empty(config.model)  # for counting: this rank may hold a part of the model only
         self.sharers = parts.mesh.grid.world // parts.mesh.dp_size  # ranks that compute one batch together
-        self.bad_steps = 0
+        self.events = Events(config.run, self.run.processes.first, self.progress.say)
+        self.guard = Guard(self.run, self.events)
+        self.rewind = Rewind(self.run, parts.checkpoints, parts.loader, self.save, self.callbacks)
+        self.replica_check = ReplicaCheck(self.run, self.events, self.rewind)
         self.memory = psutil.Process()
 
     def begin(self) -> None:
@@ -87,6 +94,9 @@ class Loop:
         for callback in self.callbacks:
             callback.on_start(self.run)
         _announce(self.run, self.parts, self.progress)
+        for line in (self.replica_check.scope, self.guard.scope):
+            if line is not None:
+                self.progress.say(line)
 
     def once(self) -> None:
         """One step, its metrics, and everything that hangs on it."""
@@ -96,8 +106,12 @@ class Loop:
         batches = self.parts.loader.batches(run.step)
         lr = config.optimizer.lr * config.schedule.factor(run.step, config.train.steps)
         result = train_step(
-            run.engine, batches, lr, run.processes, config.train.precision, self.flag(), self.parts.mesh
+            run.engine, batches, lr, run.processes, config.train.precision, self.guard, self.flag(), self.parts.mesh
         )
+        if result.flagged:
+            run.stop = "preempted"
+        if self.guard.settle(run.step + 1, result) and self._rolled_back(result):
+            return
         run.step += 1
         tokens = config.train.batch * config.data.sequence_length
         run.tokens += tokens
@@ -115,20 +129,27 @@ class Loop:
             "mfu_measured": speed / self.measured,
             "memory_bytes": _memory(run.processes, self.memory),
         }
-        self._count_bad_steps(result.grad_norm)
-        if result.flagged:
-            run.stop = "preempted"
+        if not result.updated:
+            run.record["skipped"] = True
+        if self.replica_check.went_back(saving=self.save.due(run)):
+            return
         for callback in self.callbacks:
             callback.on_step(run)
 
-    def _count_bad_steps(self, grad_norm: float) -> None:
-        self.bad_steps = 0 if math.isfinite(grad_norm) else self.bad_steps + 1
-        if self.bad_steps:
-            text = f"step {self.run.step}: the gradient is not finite, update skipped ({self.bad_steps} in a row)"
-            self.progress.say(text)
-        if self.bad_steps >= self.run.config.train.bad_steps:
-            text = f"{self.bad_steps} steps in a row had a gradient that is not finite; the newest checkpoint is kept"
-            raise Exit(text, NUMERICAL)
+    def _rolled_back(self, result: StepResult) -> bool:
+        """Goes back from the step that was just computed and not made; False where there is no checkpoint to go to."""
+        run, step, least = self.run, self.run.step + 1, self.run.config.faults.rewind
+        assert result.fault is not None
+        numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "origin": step}
+        if not self.rewind.to(step - least, past=step):
+            text = f"no checkpoint is {least} steps (faults.rewind) older than this step: no rollback"
+            self.events.add(step, "no rollback", text, **numbers)
+            self.guard.keep(step, result)
+            return False
+        span = f"steps {run.step + 1} to {step}"
+        text = f"{result.fault.text}: back to the checkpoint of step {run.step}, without the data of {span}"
+        self.events.add(step, "rollback", text, to=run.step, skipped=self.parts.loader.skipped, **numbers)
+        return True
 
     def end(self, received: str | None) -> int:
         """The exit code, after the callbacks' last words."""

@@ -38,6 +38,10 @@ class Metrics(Callback):
                 if isinstance(value, int | float) and key != "step":
                     self.writer.add_scalar(key, value, run.step)
 
+    def on_rewind(self, run: Run) -> None:
+        self.close()
+        self.on_start(run)
+
     def close(self) -> None:
         if self.file is not None:
             self.file.close()

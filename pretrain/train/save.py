@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.data.loader import Loader
 from pretrain.train import heartbeat
 from pretrain.train.callback import Callback, Run
+from pretrain.train.faults.state import FaultState
 from pretrain.train.progress import Progress
+from pretrain.train.streams import random_state, restore_random_state
 
 FOLDER = "checkpoints"
 GIVE_UP = 3  # failed saves in a row after which the run ends
@@ -32,9 +35,25 @@ class Save(Callback):
     def on_start(self, run: Run) -> None:
         self.begun = run.step
 
+    def due(self, run: Run) -> bool:
+        """Whether this step is saved."""
+        return run.last or run.step % run.config.checkpoint.every == 0
+
     def on_step(self, run: Run) -> None:
-        if run.last or run.step % run.config.checkpoint.every == 0:
+        if self.due(run):
             self.save(run)
+
+    def on_rewind(self, run: Run) -> None:
+        # At once, and in place of the old one: what the run has learnt on the way that it leaves would be lost with the job.
+        self.begun = -1
+        self.save(run)
+
+    def settle(self, run: Run) -> None:
+        """Ends the save that is under way; whether it failed or not, checkpoints may be read then."""
+        try:
+            self.background.wait()
+        except CheckpointError as error:
+            self._failed(run, error)
 
     def save(self, run: Run) -> None:
         """Begins a save of this step, after the one before has ended. The last one of a run is complete on return."""
@@ -86,34 +105,36 @@ def content(run: Run, loader: Loader) -> dict[str, Any]:
         "step": run.step,
         "tokens": run.tokens,
         "data": loader.state_dict(),
+        "faults": run.faults.to_meta(),
         "config": run.config.model_dump(mode="json"),
     }
 
 
-def restore(run: Run, checkpoints: Checkpoints, loader: Loader) -> bool:
-    """Brings a freshly built run to the state of the newest good checkpoint; False when there is none. Collective.
+def restore(run: Run, checkpoints: Checkpoints, loader: Loader, at_most: int | None = None) -> bool:
+    """Brings a run to the state of the newest good checkpoint (of this step or an earlier one, with at_most).
 
-    Raises ValueError when the checkpoint belongs to another model or data order.
+    False, and nothing has changed, when there is none. Collective. Raises ValueError when the checkpoint belongs to another model
+    or data order.
     """
     heartbeat.phase("load")
     tensors = run.engine.state_tensors()
-    resumed = checkpoints.resume(tensors, check=lambda meta: _check(run, meta, loader))
+    check = partial(_check, run, loader)
+    resumed = checkpoints.resume(tensors, check=check, at_most=at_most)
     if resumed is None:
         return False
     run.engine.load_state_tensors(tensors)
     run.step, run.tokens = resumed.meta["step"], resumed.meta["tokens"]
+    run.faults = FaultState.from_meta(resumed.meta.get("faults"))
     loader.load_state_dict(_data_state(resumed.meta, loader, run))
     if resumed.per_rank is not None:
-        for name, restore_one in RANDOM.items():
-            if name in resumed.per_rank:
-                restore_one(resumed.per_rank[name])
+        restore_random_state(resumed.per_rank)
     else:
         # Another number of ranks: no rank's old stream fits, so start fresh ones, the same at every such resume.
         torch.manual_seed(run.config.train.seed * 1_000_003 + run.step * 1_009 + run.processes.rank)
     return True
 
 
-def _check(run: Run, meta: dict[str, Any], loader: Loader) -> None:
+def _check(run: Run, loader: Loader, meta: dict[str, Any]) -> None:
     for line in check_same_model(*_identities(run, meta, loader), allow=run.config.checkpoint.allow_changes):
         if run.processes.first:
             print(f"changed as allowed: {line}")
@@ -134,15 +155,4 @@ def _data_state(meta: dict[str, Any], loader: Loader, run: Run) -> dict[str, Any
     saved, fresh = meta["data"], loader.state_dict()
     if all(saved[key] == fresh[key] for key in ("corpus", "seed", "sequence_length", "order_version")):
         return saved
-    return {**fresh, "step": run.step, "sequences": 0}
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Torch's random streams of this rank."""
-    states = {"rng_cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["rng_cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-RANDOM = {"rng_cpu": torch.set_rng_state, "rng_cuda": torch.cuda.set_rng_state}
+    return {**fresh, "step": run.step, "sequences": 0, "skipped": []}
