@@ -1,4 +1,4 @@
-"""`python -m pretrain.checkpoint list | inspect | verify | export | import`: checkpoints, without the job that wrote them."""
+"""`python -m pretrain.checkpoint list | inspect | verify | ...`: checkpoints, without the job that wrote them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pretrain.checkpoint.interop import FORMATS
-from pretrain.options import size_in_bytes
+from pretrain.options import at_least, size_in_bytes
 
 EXAMPLES = """examples:
   python -m pretrain.checkpoint list runs/quickstart
@@ -15,6 +15,8 @@ EXAMPLES = """examples:
   python -m pretrain.checkpoint verify runs/quickstart/checkpoints/step_00000100
   python -m pretrain.checkpoint export runs/llama --out exported/llama --dtype bf16
   python -m pretrain.checkpoint import downloads/some_model --out runs/imported
+  python -m pretrain.checkpoint bench --size 1GiB --folder /scratch
+  python -m pretrain.checkpoint bench --steps --size 256MiB --step-seconds 0.5
 Exit codes: 0 good, 1 some checkpoints or files are damaged, 2 bad usage, or a model that a format cannot express,
 78 checkpoints exist but none can be loaded."""
 
@@ -55,6 +57,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     one = commands.add_parser("import", help="make a run folder of a Hugging Face folder")
     one.add_argument("path", type=Path, metavar="HF_FOLDER", help="config.json, safetensors files, a tokenizer")
     one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new run folder")
+    one = commands.add_parser(
+        "bench", help="time saves and loads against the bare disk and torch.distributed.checkpoint"
+    )
+    one.add_argument("--size", type=size_in_bytes, default=1 << 30, help="of the state (default 1GiB)")
+    one.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
+    one.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="turns of each (default 5)")
+    one.add_argument("--steps", action="store_true", help="instead: what a save beside training costs the steps")
+    one.add_argument(
+        "--step-seconds", type=at_least(0.001), default=0.2, metavar="S", help="of a step, with --steps (default 0.2)"
+    )
+    one.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     return parser.parse_args(argv)
 
 
@@ -63,6 +76,17 @@ def main(argv: list[str] | None = None) -> int:
     from pretrain.checkpoint import commands  # not before: --help needs neither tables nor torch
 
     try:
+        if arguments.command == "bench":
+            from pretrain.checkpoint.bench import bench
+
+            return bench(
+                arguments.size,
+                arguments.folder,
+                arguments.rounds,
+                arguments.steps,
+                arguments.step_seconds,
+                arguments.json,
+            )
         if arguments.command == "list":
             return commands.list_(arguments.path)
         if arguments.command == "inspect":

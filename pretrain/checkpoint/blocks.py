@@ -20,6 +20,7 @@ from pretrain.checkpoint.errors import CheckpointError
 
 BLOCK = 4 << 20
 _LEVELS = (BLOCK // 8).bit_length() - 1  # bits in the number of a word
+_ROW = 2048
 _HASH = 16
 RECORD = _HASH + 8 * (_LEVELS + 1)
 
@@ -31,14 +32,23 @@ def code(block: Words) -> Words:
 
     block: those of them that may not be zero, from the first on; their number is a power of two.
     """
-    levels = block.size.bit_length() - 1
-    parts = [np.uint64(0)] * (_LEVELS - levels)
+    parts = [np.uint64(0)] * (_LEVELS - block.size.bit_length() + 1)
     words = block
+    if block.size > _ROW:
+        # The upper bits of a word's number are those of its row, so two passes over the block do for all of them.
+        rows = block.reshape(-1, _ROW)
+        parts += _halved(np.bitwise_xor.reduce(rows, axis=1))[:-1]
+        words = np.bitwise_xor.reduce(rows, axis=0)
+    return np.array([*parts, *_halved(words)], dtype=np.uint64)
+
+
+def _halved(words: Words) -> list[np.uint64]:
+    parts = []
     while words.size > 1:
         low, high = words[: words.size // 2], words[words.size // 2 :]
         parts.append(np.bitwise_xor.reduce(high))
         words = low ^ high
-    return np.array([*parts, words[0]], dtype=np.uint64)
+    return [*parts, words[0]]
 
 
 def _words(size: int) -> int:
@@ -90,7 +100,7 @@ class HashingWriter:
         while at < len(data):
             offset = self.position % BLOCK
             count = min(BLOCK - offset, len(data) - at)
-            self._buffers[0][offset : offset + count] = data[at : at + count]
+            memoryview(self._buffers[0])[offset : offset + count] = data[at : at + count]
             at += count
             self.position += count
             if self.position % BLOCK == 0:
@@ -168,8 +178,12 @@ class CheckedReader:
         while at < len(target):
             index, offset = divmod(start + at, BLOCK)
             count = min(BLOCK - offset, len(target) - at)
-            self._load(index)
-            target[at : at + count] = memoryview(self._block)[offset : offset + count]
+            part = target[at : at + count]
+            if count == self._size_of(index):
+                self._fill(index, part)  # no copy
+            else:
+                self._load(index)
+                part[:] = memoryview(self._block)[offset : offset + count]
             at += count
 
     def check(self) -> list[DamagedBlock]:
@@ -182,13 +196,20 @@ class CheckedReader:
                 found.append(error)
         return found
 
+    def _size_of(self, index: int) -> int:
+        return min(BLOCK, self.size - index * BLOCK)
+
     def _load(self, index: int) -> None:
         if self._holds == index:
             return
         self._holds = -1
-        start, size = index * BLOCK, min(BLOCK, self.size - index * BLOCK)
+        self._fill(index, memoryview(self._block)[: self._size_of(index)])
+        self._holds = index
+
+    def _fill(self, index: int, view: memoryview) -> None:
+        """Reads a whole block and checks it."""
+        start, size = index * BLOCK, len(view)
         self._file.seek(start)
-        view = memoryview(self._block)[:size]
         done = 0
         while done < size:
             count = self._file.readinto(view[done:])
@@ -199,9 +220,8 @@ class CheckedReader:
         if xxhash.xxh3_128_digest(view) != record[:_HASH]:
             blocks = -(-self.size // BLOCK)
             where = f"{self.path}{self.origin}: block {index + 1} of {blocks} (bytes {start} to {start + size - 1})"
-            kind = _diagnosis(self._block, size, record, start)
+            kind = _diagnosis(view, record, start)
             raise DamagedBlock(f"{where} is damaged: {kind}", start, start + size)
-        self._holds = index
 
     def close(self) -> None:
         self._file.close()
@@ -213,9 +233,10 @@ class CheckedReader:
         self.close()
 
 
-def _diagnosis(block: bytearray, size: int, record: bytes, start: int) -> str:
+def _diagnosis(block: memoryview, record: bytes, start: int) -> str:
+    size = len(block)
     whole = bytearray(8 * _words(size))
-    whole[:size] = block[:size]
+    whole[:size] = block
     wanted = np.frombuffer(record[_HASH:], np.uint64)
     place = flipped_bit(code(np.frombuffer(whole, np.uint64)), wanted)
     if place is not None and place[0] < size:
@@ -223,7 +244,7 @@ def _diagnosis(block: bytearray, size: int, record: bytes, start: int) -> str:
         whole[byte] ^= 1 << bit
         if xxhash.xxh3_128_digest(memoryview(whole)[:size]) == record[:_HASH]:
             return f"bit {bit} of byte {start + byte} is flipped, and nothing else; memory, disk or network did that"
-    zeros = size - len(bytes(block[:size]).rstrip(b"\0"))
+    zeros = size - len(bytes(block).rstrip(b"\0"))
     if zeros >= 512:
         return f"it ends in {zeros} zero bytes; a write that never reached the disk"
     return "many bits differ; a torn write, or another file's bytes"

@@ -133,7 +133,7 @@ class Checkpoints:
                 raise CheckpointError(f"{path} is not as it was written: do all ranks see the same {self.folder}?")
         previous = on_disk.entries(self.folder)
         attempts = [entry.attempt for entry in previous if entry.step == step]
-        record = {
+        record: dict[str, Any] = {
             "format": on_disk.FORMAT,
             "step": step,
             "sequence": 1 + max((entry.sequence for entry in previous), default=0),
