@@ -17,6 +17,7 @@ from parallel.config import Strict, guess
 from parallel.engines import EngineConfig, TorchConfig
 from parallel.mesh import MeshConfig
 from parallel.recompute import Recompute
+from pretrain.checkpoint.near.config import NearConfig
 from pretrain.data.config import DataConfig
 from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
@@ -65,6 +66,8 @@ class CheckpointConfig(Strict):
     """When the newest checkpoint is damaged, end with exit code 78 instead of going back to the one before it."""
     allow_changes: list[str] = Field(default_factory=list)
     """Dotted keys that may differ from the checkpoint's at resume although they change the data order."""
+    near: NearConfig | None = None
+    """Saves in the memory of the hosts, between checkpoints; null for none. `near: {}` for the defaults."""
 
 
 class ValidationConfig(Strict):

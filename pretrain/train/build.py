@@ -22,6 +22,7 @@ from pretrain.checkpoint.folder import META
 from pretrain.checkpoint.interop.plain import differences, plain
 from pretrain.checkpoint.interop.source import model_config, newest
 from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.checkpoint.near.tier import Tier
 from pretrain.checkpoint.storage import read
 from pretrain.config import ConfigError, RunConfig
 from pretrain.data.loader import Loader
@@ -30,6 +31,7 @@ from pretrain.model.decoder import Decoder
 from pretrain.model.stage import Stage, Stages
 from pretrain.train import heartbeat, layout
 from pretrain.train.callback import Run
+from pretrain.train.near import open_tier
 from pretrain.train.save import FOLDER, restore
 
 
@@ -41,6 +43,7 @@ class Assembled:
     mesh: Mesh
     loader: Loader
     checkpoints: Checkpoints
+    near: Tier | None
     validation: Corpus
     resumed: bool
 
@@ -70,16 +73,18 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
         config.run / FOLDER,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every or 0,
+        strict=config.checkpoint.strict,
         agreement=agreement,
     )
     heartbeat.phase("model")
     engine = _first_engine(config, job, mesh, None if checkpoints.newest() else config.train.initial, agreement)
     run = Run(config, job, engine, cast(Decoder | Stages, engine.model))
     checkpoints.sweep()
-    resumed = or_usage(lambda: restore(run, checkpoints, loader))
+    near = open_tier(config, job, mesh, checkpoints)
+    resumed = or_usage(lambda: restore(run, checkpoints, loader, near=near))
     if job.first:
         _write_config(config, corpus)
-    return Assembled(run, mesh, loader, checkpoints, validation, resumed)
+    return Assembled(run, mesh, loader, checkpoints, near, validation, resumed)
 
 
 def _first_engine(config: RunConfig, job: Processes, mesh: Mesh, initial: Path | None, agreement: Agreement) -> Engine:

@@ -28,6 +28,7 @@ from pretrain.train.faults.guard import Guard
 from pretrain.train.faults.replica_check import ReplicaCheck
 from pretrain.train.faults.rewind import Rewind
 from pretrain.train.metrics import Metrics
+from pretrain.train.near import Near
 from pretrain.train.plot import LossCurve
 from pretrain.train.progress import Progress, human
 from pretrain.train.save import Save
@@ -71,6 +72,7 @@ class Loop:
         config = parts.run.config
         self.progress = Progress(config.log.every)
         self.save = Save(parts.checkpoints, parts.loader, self.progress)
+        self.near = Near(parts.near, parts.checkpoints, parts.loader, self.progress)
         # The order matters: balancing completes the record; saving comes last, so that a saved step lacks nothing.
         self.callbacks: list[Callback] = [
             *extra,
@@ -78,6 +80,7 @@ class Loop:
             Metrics(config.log.tensorboard),
             self.progress,
             Validation(parts.validation, self.progress, parts.mesh, flag),
+            self.near,
             self.save,
             LossCurve(),
         ]
@@ -131,7 +134,7 @@ class Loop:
         }
         if not result.updated:
             run.record["skipped"] = True
-        if self.replica_check.went_back(saving=self.save.due(run)):
+        if self.replica_check.went_back(saving=self.save.due(run) or self.near.due(run)):
             return
         for callback in self.callbacks:
             callback.on_step(run)

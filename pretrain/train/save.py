@@ -14,6 +14,7 @@ from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.identity import check_same_model
 from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.checkpoint.near.tier import Tier
 from pretrain.data.loader import Loader
 from pretrain.train import heartbeat
 from pretrain.train.callback import Callback, Run
@@ -110,16 +111,19 @@ def content(run: Run, loader: Loader) -> dict[str, Any]:
     }
 
 
-def restore(run: Run, checkpoints: Checkpoints, loader: Loader, at_most: int | None = None) -> bool:
+def restore(
+    run: Run, checkpoints: Checkpoints, loader: Loader, at_most: int | None = None, near: Tier | None = None
+) -> bool:
     """Brings a run to the state of the newest good checkpoint (of this step or an earlier one, with at_most).
 
-    False, and nothing has changed, when there is none. Collective. Raises ValueError when the checkpoint belongs to another model
-    or data order.
+    With near, of the newest near save if that is newer. False, and nothing has changed, when there is none of either.
+    Collective. Raises ValueError when the checkpoint belongs to another model or data order.
     """
     heartbeat.phase("load")
     tensors = run.engine.state_tensors()
     check = partial(_check, run, loader)
-    resumed = checkpoints.resume(tensors, check=check, at_most=at_most)
+    resumed = near and near.resume(tensors, random_state(run.processes.device), checkpoints.list(), check)
+    resumed = resumed or checkpoints.resume(tensors, check=check, at_most=at_most)
     if resumed is None:
         return False
     run.engine.load_state_tensors(tensors)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.engines.fragment import Fragment
+from parallel.layout import Cut
+from parallel.share import Share
 from pretrain.checkpoint import points
 from pretrain.checkpoint.agreement import Agreement
 from pretrain.checkpoint.folder import Entry
@@ -22,12 +24,13 @@ from pretrain.checkpoint.near import room
 from pretrain.checkpoint.near.config import NearConfig
 from pretrain.checkpoint.near.tier import Tier
 from pretrain.checkpoint.snapshot import Snapshots
+from pretrain.model.split import Section, Split
 
 LARGE = 1_300_000  # floats: more than one block of a file
 
 
 def state(rank: int, world: int, step: int, dim: int = 0) -> dict[str, Tensor]:
-    """What rank holds at a step: rows of a DTensor, a part of a tensor as ZeRO cuts it, two whole tensors, a view."""
+    """What rank holds at a step: rows of a DTensor, parts as ZeRO and as tensor parallelism cut them, whole tensors, a view."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -40,6 +43,9 @@ def state(rank: int, world: int, step: int, dim: int = 0) -> dict[str, Tensor]:
         tensors["model/rows"] = distribute_tensor(rows, init_device_mesh("cpu", (world,)), [Shard(dim)])
         run = rows.flatten()[rank * 7 : rank * 7 + 7].clone()
         tensors["optimizer/run"] = Fragment.at(rank * 7, run, rows.shape, "run")
+        split = Split(0, (Section.even(2 * world, "heads"), Section.even(world, "heads")))  # two blocks on each rank
+        cut = split.take(torch.arange(3.0 * world)[:, None] + step, rank, world)
+        tensors["model/cut"] = Share.of(cut, (Cut(split, rank, world),), "cut")
     return tensors
 
 
@@ -47,7 +53,7 @@ def local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Plain copies of what this rank holds."""
     plain = {}
     for name, tensor in tensors.items():
-        held = tensor.held if isinstance(tensor, Fragment) else getattr(tensor, "to_local", lambda t=tensor: t)()
+        held = tensor.held if isinstance(tensor, Share) else getattr(tensor, "to_local", lambda t=tensor: t)()
         plain[name] = held.clone()
     return plain
 
@@ -118,6 +124,12 @@ def resume(
     dist.barrier()
     saves = [path.name.split(".")[0].removeprefix("step_").lstrip("0") for path in sorted(tier.store.root.iterdir())]
     return Back(None if found is None else step, good, lines, saves)
+
+
+def resume_each(
+    rank: int, world: int, base: Path, place: Sequence[int], options: Sequence[dict[str, Any]]
+) -> list[Back]:
+    return [resume(rank, world, base, place, **each) for each in options]
 
 
 def die(rank: int, world: int, base: Path, place: Sequence[int], victim: int, at: str) -> str:

@@ -20,11 +20,17 @@ TWO = (0, 1)  # two ranks, each on a host of its own
 FOUR = (0, 0, 1, 1)
 
 
-def resume(base: Path, place: tuple[int, ...] = TWO, *more: Any) -> work.Back:
+def resume(base: Path, place: tuple[int, ...] = TWO) -> work.Back:
     """As rank 0 has it; all ranks must have got the same."""
-    results = run_ranks(work.resume, len(place), base, place, *more)
-    assert len({result.step for result in results}) == 1 and all(result.good for result in results), results
-    return results[0]
+    return resume_each(base, {}, place=place)[0]
+
+
+def resume_each(base: Path, *options: dict[str, Any], place: tuple[int, ...] = TWO) -> list[work.Back]:
+    """One attempt after the other."""
+    results = run_ranks(work.resume_each, len(place), base, place, options)
+    for attempts in zip(*results, strict=True):
+        assert len({back.step for back in attempts}) == 1 and all(back.good for back in attempts), attempts
+    return list(results[0])
 
 
 def files(base: Path, host: int, name: str) -> list[Path]:
@@ -114,7 +120,7 @@ def _save_keeping_two(rank: int, world: int, base: Path) -> list[str]:
 
 # (point, rank that dies, step that is there if the processes died, steps that may be if the dead rank's host is lost with it)
 KILLS = [
-    ("near: before own", 0, 10, {10}),
+    ("near: before own", 0, 10, set()),  # not tried: there is less of step 20 than at the next point
     ("near: half of own", 1, 10, {10}),
     ("near: before the buddy's", 1, 20, {10}),
     ("near: half of the buddy's", 0, 20, {10, 20}),  # the other rank may have got all of this one's part, or not yet
@@ -130,6 +136,8 @@ def test_kill_9_during_a_save(at: str, victim: int, after: int, after_loss: set[
     assert results[victim] == Died(-9)
     shutil.copytree(base, copy)
     assert resume(base).step == after
+    if not after_loss:
+        return
     shutil.rmtree(base)
     copy.rename(base)
     shutil.rmtree(base / f"host{victim}")
@@ -140,14 +148,13 @@ def test_kill_9_during_a_save(at: str, victim: int, after: int, after_loss: set[
 
 def test_another_layout_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     run_ranks(work.save, 2, tmp_path, TWO, [10])
-    back = resume(tmp_path, (0, 1, 1), (), "three ranks")
+    (back,) = resume_each(tmp_path, {"layout": "three ranks"}, place=(0, 1, 1))
     assert back.step is None
     assert back.lines == ["step 10 in near memory cannot be used: it was made by as ever, and this job is three ranks"]
-    back = resume(tmp_path, TWO, (), "as ever", 1)  # as many ranks, cut along another dim
-    assert back.step is None and "cut into other blocks" in back.lines[0]
-    back = resume(tmp_path, TWO, (), "as ever", 0, 10)
-    assert back.step is None and back.lines == ["step 10 in near memory cannot be used: another model"]
-    assert resume(tmp_path).step == 10  # nothing was lost by the attempts
+    across, refused, again = resume_each(tmp_path, {"dim": 1}, {"refuse": 10}, {})
+    assert across.step is None and "cut into other blocks" in across.lines[0]  # as many ranks, and another dim
+    assert refused.step is None and refused.lines == ["step 10 in near memory cannot be used: another model"]
+    assert again.step == 10  # nothing was lost by the attempts
 
 
 def entry(sequence: int, step: int, fault: str = "") -> Entry:
@@ -156,9 +163,8 @@ def entry(sequence: int, step: int, fault: str = "") -> Entry:
 
 def test_only_what_is_newer_than_the_newest_checkpoint(tmp_path: Path) -> None:
     run_ranks(work.save, 2, tmp_path, TWO, [10])
-    back = resume(tmp_path, TWO, (entry(1, 10),))
-    assert back.step is None and back.lines == []
-    back = resume(tmp_path, TWO, (entry(2, 12, "damaged"), entry(1, 8)))
+    not_newer, back = resume_each(tmp_path, {"disk": (entry(1, 10),)}, {"disk": (entry(2, 12, "damaged"), entry(1, 8))})
+    assert not_newer.step is None and not_newer.lines == []
     assert (back.step, back.lines) == (10, ["resuming step 10 from near memory, newer than the checkpoint of step 8"])
 
 
