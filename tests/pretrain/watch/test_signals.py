@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -50,6 +51,16 @@ def test_with_nothing_to_save_a_signal_ends_the_job_at_once(
     job.signal(signal.SIGUSR1 if group else signal.SIGTERM, group=group)
     assert job.codes() == [75], job.text()
     assert checkpoints(run) == before and steps(run) == [2, 4]
+
+
+@pytest.mark.parametrize("phase", ["start", "data"])
+def test_with_nothing_to_save_a_signal_leaves_also_without_the_watcher(
+    phase: str, corpus: Path, tmp_path: Path, start: Jobs
+) -> None:
+    job = start(1, arguments(tmp_path, corpus), [At(phase, do="sleep")])
+    job.reached(phase)
+    os.kill(job.child(0), signal.SIGTERM)
+    assert job.codes() == [75], job.text()
 
 
 def test_a_rank_that_waits_for_another_one_to_start_leaves_at_once(corpus: Path, tmp_path: Path, start: Jobs) -> None:
