@@ -108,6 +108,10 @@ class Supervisor:
             sys.executable, "-P", str(TORCHRUN), str(self.logs / REPORT), str(os.getpid()), "--nnodes", nodes,
             "--nproc-per-node", options.nproc_per_node, "--max-restarts", "0", "--log-dir", str(self.logs),
         ]  # fmt: skip
+        if self.elastic:
+            # torchrun's hosts would share one store over all rounds, and tell a host that joins later not where it is: it waits a
+            # minute in vain, and takes the job down with it. Without sharing, each round has a store of its own.
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         if options.rdzv_endpoint:
             command += [
                 "--rdzv-backend",

@@ -52,9 +52,14 @@ def check_batch(config: RunConfig, grid: Grid) -> None:
     batch, unit = config.train.batch, grid.dp * config.train.micro_batch
     if batch % unit:
         near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
+        choices = [f"train.batch={' or '.join(map(str, near))}", "another train.micro_batch"]
+        if batch % config.train.micro_batch == 0:  # then there are numbers of ranks that fit: a job may have lost some
+            micro_batches = batch // config.train.micro_batch
+            fit = [str(ranks) for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0]
+            choices.append(f"{' or '.join([', '.join(fit[:-1]), fit[-1]] if fit[1:] else fit)} data-parallel rank(s)")
         raise ConfigError(
             f"train.batch = {batch}: not a multiple of {grid.dp} data-parallel rank(s) times train.micro_batch = "
-            f"{config.train.micro_batch}; use train.batch={' or '.join(map(str, near))}, or another train.micro_batch"
+            f"{config.train.micro_batch}; use {', or '.join(choices)}"
         )
 
 
