@@ -129,10 +129,10 @@ def test_what_the_watcher_writes_is_understood(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LOCAL_RANK", "0")
     pulse = Pulse()
     pulse.beat("save", 12)
-    record("hang: told", 76, pulse.read())
+    record("hang: told", 76, pulse.last())
     (end,) = read(tmp_path, -9, tmp_path, 0.0).ranks
     assert (end.rank, end.code, end.phase, end.step, end.message) == (6, 76, "save", 12, "hang: told")
-    record("killed", -9, pulse.read())
+    record("killed", -9, pulse.last())
     assert read(tmp_path, 1, tmp_path, 0.0).ranks[0].code == -9
 
 

@@ -101,6 +101,7 @@ def test_a_signal_goes_to_the_ranks_which_save(number: int, tmp_path: Path) -> N
     assert [notes(tmp_path, rank)[1] for rank in (0, 1)] == [expected] * 2
     (end,) = journal(tmp_path, "end")
     assert end["why"] == f"stopped by {signal.Signals(number).name}" and end["newest"] == "step_00000099"
+    assert end["launcher"] == 1  # torchrun has ended by itself, after its ranks
 
 
 def test_a_second_signal_ends_torchrun(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_two_supervisors_of_one_run(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('[{"*": "wait"}]')
     with running(begin(tmp_path)) as process:
         until(lambda: notes(tmp_path), process)
-        code, said = supervise(tmp_path, [{"*": "wait"}])
+        code, said = supervise(tmp_path, [{}])
         assert code == 1 and f"is supervised on this host already, by process {process.pid};" in said
         assert len(notes(tmp_path)) == 1
         process.terminate()
