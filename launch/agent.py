@@ -37,7 +37,9 @@ class Requests:
 
     def watch(self) -> None:
         for number in self.WATCHED:
-            signal.signal(number, self._note)
+            # nohup has the hang-up ignored, a shell the Ctrl-C of what it runs in the background: that stays so.
+            if number in (signal.SIGTERM, signal.SIGUSR1) or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -58,7 +60,8 @@ class Requests:
 
 def adopt_orphans() -> None:
     """From now on, processes whose parents die become this process's children: ranks of a torchrun that was killed."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with contextlib.suppress(AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def run(command: Sequence[str], requests: Requests, overtaken: Callable[[], bool]) -> int:

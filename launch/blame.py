@@ -15,6 +15,7 @@ FILE = "excluded_hosts"
 TEARDOWN = 600.0  # seconds after the end of a launch on one host in which it ends on the others, too
 
 
+NEEDED = {"time", "started", "ranks", "at_fault"}  # a line that somebody has edited may lack them
 NAMED = ("hang", "numerical")  # put down to certain ranks by the ranks themselves
 
 
@@ -34,7 +35,7 @@ def suspect(record: Record) -> Suspect | None:
 
 def guilty(records: Sequence[Record]) -> list[tuple[Record, str]]:
     """The ends of launches whose cause lay on that host, each with the kind of failure."""
-    ends = sorted((record for record in records if record["event"] == "end"), key=lambda record: record["time"])
+    ends = sorted((r for r in records if r["event"] == "end" and r.keys() >= NEEDED), key=lambda record: record["time"])
     suspects = [suspect(record) for record in ends]
     times = [record["time"] for record in ends]
     found = []

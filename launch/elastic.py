@@ -7,6 +7,7 @@ Started by launch/supervise.py. When its parent (the process PARENT) dies, it en
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -21,7 +22,8 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> int:
     report, parent, *arguments = sys.argv[1:]
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    with contextlib.suppress(AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):
         return 1  # it had died before this process could ask to be told
 

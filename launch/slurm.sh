@@ -79,7 +79,7 @@ requeue() {
   exit $PREEMPTED
 }
 
-if grep -qxF "$excluded" <<<"$hosts" && [ -n "$excluded" ]; then # one of these nodes has failed too often in this run
+if [ -n "$excluded" ] && grep -qxF "$excluded" <<<"$hosts"; then # one of these nodes has failed too often in this run
   # Once: a job that comes back to such a node would go round for ever.
   [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || requeue
   fail "this allocation has nodes that are excluded from the run: ${excluded//$'\n'/, }; submit it with --exclude" 1

@@ -53,14 +53,19 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Until the job is over, or over for this host; returns the exit code."""
-        self.logs.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.logs.parent / f"{self.options.host}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self.logs.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.logs.parent / f"{self.options.host}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            say(f"the run folder cannot be used: {error}")
+            return codes.ERROR
         if not _lock(lock, fcntl.LOCK_EX):
             holder = os.pread(lock, 100, 0).decode(errors="replace").strip()
             say(f"{self.run} is supervised on this host already, by process {holder}; stop that one first")
             return codes.ERROR
-        os.truncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # it only serves the line above
+            os.truncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         decision = self._welcome()
         while decision is None:
             decision = self._once()
@@ -98,8 +103,17 @@ class Supervisor:
         return None if final.action == "restart" else final
 
     def _launch(self, started: float) -> Outcome:
-        shutil.rmtree(self.logs, ignore_errors=True)
-        self.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.rmtree(self.logs, ignore_errors=True)
+            self.logs.mkdir(parents=True, exist_ok=True)
+            code = agent.run(self._command(), self.requests, lambda: self._others() is not None)
+            return read(self.logs, code, self.run, started)
+        except OSError as error:  # of a file server, say, that is away for a while
+            return Outcome((), 1, 0, trouble=f"could not start torchrun: {error}")
+        finally:
+            shutil.rmtree(self.logs, ignore_errors=True)  # the journal has what is in there
+
+    def _command(self) -> list[str]:
         options = self.options
         nodes = str(self.most) if self.least == self.most else f"{self.least}:{self.most}"
         # -P: this folder must not come before the standard library on that program's path. No restarts by torchrun itself: a
@@ -113,21 +127,12 @@ class Supervisor:
             # minute in vain, and takes the job down with it. Without sharing, each round has a store of its own.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         if options.rdzv_endpoint:
-            command += [
-                "--rdzv-backend",
-                "c10d",
-                "--rdzv-id",
-                options.rdzv_id,
-                "--rdzv-endpoint",
-                options.rdzv_endpoint,
-            ]
+            command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", options.rdzv_endpoint]
+            command += ["--rdzv-id", options.rdzv_id]
         for name in ("rdzv_conf", "local_addr"):
             if getattr(options, name):
                 command += [f"--{name.replace('_', '-')}", getattr(options, name)]
-        code = agent.run([*command, *options.command], self.requests, lambda: self._others() is not None)
-        outcome = read(self.logs, code, self.run, started)
-        shutil.rmtree(self.logs, ignore_errors=True)  # the journal has what is in there
-        return outcome
+        return [*command, *options.command]
 
     # ------------------------------------------------------------------------------------------------- other jobs, other hosts
 

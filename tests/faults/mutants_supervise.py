@@ -78,7 +78,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "supervise: torchrun outlives the supervisor",
-        ELASTIC, "    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)\n", "",
+        ELASTIC, "prctl(PR_SET_PDEATHSIG, signal.SIGTERM)", "prctl(PR_SET_PDEATHSIG, 0)",
         KILLS + "test_kill_9_of_the_supervisor_ends_all_below_it_after_a_save",
     ),
     (

@@ -48,6 +48,10 @@ def test_the_first_to_fail_is_the_cause() -> None:
     assert causes(end("a", 0.0, (0, 1, 10.0), (1, -9, 10.0))) == [("a", "killed")]  # within a second
 
 
+def test_lines_of_another_make_are_passed_over() -> None:
+    assert causes({"event": "end", "host": "a", "time": 1.0}, end("a", 0.0, (0, -9, 10.0))) == [("a", "killed")]
+
+
 def test_launches_are_kept_apart() -> None:
     earlier, later = end("a", 0.0, (0, -9, 10.0)), end("b", 20.0, (2, -9, 30.0))
     assert causes(earlier, end("b", 0.0, (2, 1, 10.0)), later, end("a", 20.0, (0, 1, 30.0))) == [

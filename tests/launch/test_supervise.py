@@ -159,6 +159,47 @@ def test_a_run_folder_that_another_job_holds(tmp_path: Path) -> None:
             assert process.wait(30) == 0
 
 
+def test_a_run_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with running(begin(tmp_path / "file" / "run")) as process:
+        said = process.communicate(timeout=30)[0]
+    assert process.returncode == 1 and "the run folder cannot be used" in said and "Traceback" not in said
+
+
+def test_a_file_server_that_is_away_for_a_while(tmp_path: Path) -> None:
+    """The supervisor does not die of what it cannot write; it tries again."""
+    (tmp_path / "plan.json").write_text('[{"*": "exit 1"}, {"*": "exit 0"}]')
+    with running(begin(tmp_path, "--wait", "1", "--max-wait", "1", "--host", "h", "--max-restarts", "100")) as process:
+        until(lambda: notes(tmp_path), process)
+        (tmp_path / "supervise").rename(tmp_path / "away")
+        (tmp_path / "supervise").touch()
+        until(
+            lambda: (
+                "could not start torchrun"
+                in journal(tmp_path)[-2].get("why", "") + journal(tmp_path)[-1].get("why", "")
+            ),
+            process,
+        )
+        (tmp_path / "supervise").unlink()
+        assert process.wait(30) == 0
+
+
+def test_what_nohup_has_ignored_stays_ignored(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('[{"*": "wait"}]')
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = begin(tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with running(process):
+        until(lambda: notes(tmp_path), process)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None and len(notes(tmp_path)) == 1
+        process.terminate()
+        assert process.wait(30) == 75
+
+
 def test_the_lease_of_a_training_job_is_seen(tmp_path: Path) -> None:
     from launch.supervisor import held
     from pretrain.checkpoint.lease import Lease
