@@ -173,13 +173,7 @@ def test_a_file_server_that_is_away_for_a_while(tmp_path: Path) -> None:
         until(lambda: notes(tmp_path), process)
         (tmp_path / "supervise").rename(tmp_path / "away")
         (tmp_path / "supervise").touch()
-        until(
-            lambda: (
-                "could not start torchrun"
-                in journal(tmp_path)[-2].get("why", "") + journal(tmp_path)[-1].get("why", "")
-            ),
-            process,
-        )
+        until(lambda: any("could not start torchrun" in end["why"] for end in journal(tmp_path, "end")), process)
         (tmp_path / "supervise").unlink()
         assert process.wait(30) == 0
 
