@@ -18,6 +18,7 @@ from parallel.processes import Processes
 from parallel.state import model_tensors
 from pretrain import config as configuration
 from pretrain.checkpoint.agreement import Agreement
+from pretrain.checkpoint.errors import NoLoadableCheckpoint
 from pretrain.checkpoint.folder import META
 from pretrain.checkpoint.interop.plain import differences, plain
 from pretrain.checkpoint.interop.source import model_config, newest
@@ -77,14 +78,24 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
         agreement=agreement,
     )
     heartbeat.phase("model")
-    engine = _first_engine(config, job, mesh, None if checkpoints.newest() else config.train.initial, agreement)
+    near = open_tier(config, job, mesh, checkpoints)
+    engine = _first_engine(config, job, mesh, None if _begun(checkpoints, near) else config.train.initial, agreement)
     run = Run(config, job, engine, cast(Decoder | Stages, engine.model))
     checkpoints.sweep()
-    near = open_tier(config, job, mesh, checkpoints)
     resumed = or_usage(lambda: restore(run, checkpoints, loader, near=near))
     if job.first:
         _write_config(config, corpus)
     return Assembled(run, mesh, loader, checkpoints, near, validation, resumed)
+
+
+def _begun(checkpoints: Checkpoints, near: Tier | None) -> bool:
+    """Whether the run has something to go on from. Raises NoLoadableCheckpoint if it had."""
+    try:
+        return checkpoints.newest() is not None
+    except NoLoadableCheckpoint:
+        if near is None:
+            raise
+        return True  # near memory may have more than these checkpoints; if not, `restore` raises it again
 
 
 def _first_engine(config: RunConfig, job: Processes, mesh: Mesh, initial: Path | None, agreement: Agreement) -> Engine:

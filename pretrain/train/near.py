@@ -129,11 +129,15 @@ class Near(Callback):
         if not idle:
             return
         newest = next((entry for entry in self.checkpoints.list() if not entry.fault), None)
-        if newest is not None and newest.step == run.step:
-            try:
-                self.tier.clear()
-            except CheckpointError as error:
-                self.progress.say(f"{self.tier.store.run} is left on some hosts: {error}")
+        if newest is None or newest.step != run.step:
+            # Resumed from near memory with no step left to make: it is nowhere else yet.
+            state, own = run.engine.state_tensors(), random_state(run.processes.device)
+            path = self.checkpoints.save(run.step, state, content(run, self.loader), own)
+            self.progress.say(f"step {run.step}: saved {path}")
+        try:
+            self.tier.clear()
+        except CheckpointError as error:
+            self.progress.say(f"{self.tier.store.run} is left on some hosts: {error}")
 
     def close(self) -> None:
         if self.thread is not None:

@@ -103,8 +103,8 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "near: a finished run leaves its saves",
         "pretrain/train/near.py",
-        "                self.tier.clear()\n",
-        "                pass\n",
+        "            self.tier.clear()\n",
+        "            pass\n",
         RUNS + "test_killed_and_resumed_from_near_memory_equals_uninterrupted[FSDP2]",
     ),
 ]
