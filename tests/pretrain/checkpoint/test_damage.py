@@ -170,3 +170,23 @@ def test_two_ranks_say_it_once_and_refuse_alike(saved: Path, tmp_path: Path) -> 
     assert others == [] and len(lines) == 1 and text == same
     for said in (lines[0], text):
         assert "rank 1: 00001.data (written by rank 1): block 1 of 1" in said, said
+
+
+def job(rank: int, world: int, run: Path, corpus: Path, strict: bool) -> int:
+    from pretrain.train.loop import train
+    from tests.pretrain.train.small_run import configuration
+
+    try:
+        return train(configuration(run, corpus, "train.steps=2", "checkpoint.every=1", f"checkpoint.strict={strict}"))
+    except NoLoadableCheckpoint as error:
+        return error.exit_code
+
+
+def test_a_job_with_strict_ends_with_78(corpus: Path, tmp_path: Path) -> None:
+    preload = ("deepspeed", "megatron.core.datasets.indexed_dataset")
+    assert run_ranks(job, 1, tmp_path, corpus, True, preload=preload) == [0]
+    newest = tmp_path / "checkpoints" / "step_00000002"
+    flipped("00000.data", 1)(newest)
+    assert run_ranks(job, 1, tmp_path, corpus, True, preload=preload) == [78]
+    assert run_ranks(job, 1, tmp_path, corpus, False, preload=preload) == [0]  # from step 1, which is whole
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002.2\n"
