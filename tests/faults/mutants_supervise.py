@@ -44,7 +44,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "supervise: waits do not grow",
         POLICY, "policy.wait * 2.0 ** min(restarts, 60)", "policy.wait",
-        LOOP + "test_a_crash_loop_ends_and_waits_longer_each_time",
+        POLICIES + "test_waits_double_up_to_the_cap_with_half_of_it_by_the_seed",
     ),
     (
         "supervise: a newer checkpoint is no progress",

@@ -57,7 +57,9 @@ def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         for each in [process, *below]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
-        process.communicate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()  # without reading to its end: what has escaped may have it open
 
 
 def supervise(run: Path, plan: list[dict[str, str]], *options: str, **more: Any) -> tuple[int, str]:

@@ -23,6 +23,7 @@ run = Path(sys.argv[1].removeprefix("run="))
 rank = int(os.environ["RANK"])
 notes = run / "notes" / str(rank)
 asked: list[int] = []
+deadline = time.monotonic() + 100.0  # nothing is left for ever, even when what is tested does not work
 
 
 def note(text: str) -> None:
@@ -75,7 +76,7 @@ for action in actions.get(str(rank), actions.get("*", "exit 0")).split(" > "):
     elif word == "sleep":
         time.sleep(float(rest))
     elif word == "meet":
-        while any(starts(other) <= before for other in (0, 1)):
+        while any(starts(other) <= before for other in (0, 1)) and time.monotonic() < deadline:
             time.sleep(0.02)
     elif word == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -85,10 +86,11 @@ for action in actions.get(str(rank), actions.get("*", "exit 0")).split(" > "):
     elif word == "silent":
         sys.exit(int(rest))
     elif word == "wait":
-        while not asked:
+        while not asked and time.monotonic() < deadline:
             time.sleep(0.02)
+        time.sleep(0.2)  # a save takes a while
         save(99)
         leave(75)
     elif word == "stubborn":
-        while True:
+        while time.monotonic() < deadline:
             time.sleep(0.1)
