@@ -39,6 +39,7 @@ class Watcher:
         self.limits = Limits()
         self.asked: signal.Signals | None = None
         self.since = 0.0
+        self.interrupted = 0.0
         self.looked = time.monotonic()
         self.marked = 0.0  # when the run folder was last asked
         self.cleared = False
@@ -52,6 +53,10 @@ class Watcher:
             if found is not None and found.si_signo in ASKED and self._leave_now(signal.Signals(found.si_signo)):
                 return self._preempted()
             if found is not None and found.si_signo == signal.SIGINT and found.si_code != FROM_KERNEL:
+                self.interrupted = time.monotonic()
+            if self.interrupted and time.monotonic() - self.interrupted > GRACE:
+                # Not at once: a launcher that signals the whole group has reached the training process already.
+                self.interrupted = 0.0
                 os.kill(self.child, signal.SIGINT)
             cause = self._look()
             if cause:

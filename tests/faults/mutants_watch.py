@@ -15,7 +15,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "a signal waits although there is nothing to save",
         WATCHER, "if self.pulse.read().state == NOTHING:", "if False:",
-        SIGNALLED + "test_with_nothing_to_save_a_signal_ends_the_job_at_once[watcher-data]",
+        SIGNALLED + "test_c_code_that_keeps_pythons_lock_does_not_delay_it",
     ),
     (
         "a signal is not passed on",

@@ -24,7 +24,7 @@ HOURS = 3600
 class At:
     """What happens to a rank when it begins a phase. step: None for any; count: how many beats fit before it happens.
 
-    do: "hold" (sleep until released), "sleep" (for good), "gil" (sleep for good in C, with Python's lock), "regex" (compute for
+    do: "hold" (sleep until released), "sleep" (for good), "gil" (wait for good in C, with Python's lock), "regex" (compute for
     good, with the lock), "stop" (SIGSTOP), "kill" (SIGKILL), "suspend" (SIGSTOP for the watcher as well), "error", "fail" (hold,
     then an error), "skip" (leave out the next all-reduce), "nothing".
     """
@@ -67,7 +67,11 @@ def _happen(what: str, folder: Path) -> None:
     elif what == "sleep":
         time.sleep(HOURS)
     elif what == "gil":
-        ctypes.PyDLL(None).sleep(HOURS)
+        mutex = ctypes.create_string_buffer(
+            128
+        )  # zeros are an unlocked one; unlike a sleep, no signal ends the wait for it
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
     elif what == "regex":
         import re
 

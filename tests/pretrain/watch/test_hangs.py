@@ -143,7 +143,7 @@ def test_a_job_that_was_suspended_has_not_hung(corpus: Path, tmp_path: Path, sta
 
 def test_two_hundred_steps_without_a_false_alarm(corpus: Path, tmp_path: Path, start: Jobs) -> None:
     """At the default factor, with a floor that says nothing, and with saves and evaluations beside the steps."""
-    settings = ("train.steps=200", "checkpoint.every=20", "validation.every=50", "log.every=100")
+    settings = ("train.steps=200", "checkpoint.every=20", "validation.every=50", "log.every=100", "train.batch=2")
     job = start(1, arguments(tmp_path, corpus, *settings, "watchdog.floor=0.5"))
     assert job.codes(300) == [0], job.text()
     assert len(losses(tmp_path)) == 200 and not (tmp_path / report.FOLDER).exists()

@@ -40,7 +40,7 @@ def test_a_limit_is_the_floor_or_a_multiple_of_the_longest_seen() -> None:
     assert limits.limit(SETTINGS) == 3600  # the first step has no past
     beats(limits, ("step", 2.0), ("step", 0.0))
     assert limits.limit(SETTINGS) == 180
-    beats(limits, ("step", 30.0), ("step", 1.0))
+    beats(limits, ("step", 30.0), ("step", 1.0), ("step", 1.0))
     assert limits.longest["step"] == 30 and limits.limit(SETTINGS) == 300
     beats(limits, ("save", 1.0))
     assert limits.limit(SETTINGS) == 3600  # the first save

@@ -91,7 +91,8 @@ def test_in_a_step_all_ranks_save_once_and_the_run_goes_on(
     job = start(2, arguments(tmp_path, corpus, *LONG), [At("step", 3)])
     job.reached("step", 3)
     job.signal(number, *ranks, group=group)
-    job.signal(number, *ranks, group=group)  # and again at once: schedulers do, by another way
+    time.sleep(0.3)
+    job.signal(number, *ranks, group=group)  # and soon again: schedulers do, by another way
     job.release()
     assert job.codes() == [75, 75], job.text()
     assert f"stopped by {'a signal on another rank' if ranks else signal.Signals(number).name}" in job.said(0)
@@ -120,7 +121,7 @@ def test_an_evaluation_is_cut_short_and_done_by_the_next_start(corpus: Path, tmp
     other = start(2, arguments(cut, corpus, *settings), [At("evaluation", 3, count=1)])
     other.reached("evaluation", 3)
     other.signal(signal.SIGTERM, 1)
-    time.sleep(0.3)  # the 64 sequences are 32 batches: the signal is heard of in one of the next four
+    time.sleep(0.3)  # the 64 sequences are 16 batches of each rank: the signal is heard of in one of the next four
     other.release()
     assert other.codes() == [75, 75], other.text()
     assert steps(cut) == [3] and not (cut / "validation.jsonl").exists()
