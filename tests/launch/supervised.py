@@ -19,7 +19,8 @@ from tests.ranks import QUIET, ROOT
 HERE = Path(__file__).parent
 # `real` keeps torchrun; otherwise tests/launch/torchrun.py stands in.
 START = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 from pathlib import Path
 import launch.outcome, launch.supervisor
 if sys.argv.pop(1) != "real":
