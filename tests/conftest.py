@@ -36,3 +36,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in needs_gpu:
                 item.add_marker(pytest.mark.skip(reason="gpu: no CUDA or ROCm device here"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small corpus (tests/pretrain/corpus.py), made once for all tests of training."""
+    from tests.pretrain.corpus import prepare
+
+    return prepare(tmp_path_factory.mktemp("corpus") / "prepared")

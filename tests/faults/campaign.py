@@ -1,7 +1,8 @@
-"""Everything that may happen to a job, made to happen: `python -m tests.faults.campaign --trials 200 --flips 1000 --seed 0`.
+"""Everything that may happen to a job, made to happen: `python -m tests.faults.campaign`.
 
-Three parts: runs that are killed at random and must end like untouched ones (kills.py), random bit flips in a checkpoint, each
-of which must be refused, and the table of failures (rows.py), each row shown by its tests. Every trial follows from the seed.
+Four parts: runs that are killed at random and must end like untouched ones (kills.py), runs that change their layout at
+every start (reshapes.py), random bit flips in a checkpoint, each of which must be refused, and the table of failures
+(rows.py), each row shown by its tests. Every trial follows from the seed.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tests.faults.kills import LAYOUTS, Outcome, Trials, draw
+from tests.faults.reshapes import Reshapes
 from tests.faults.rows import ROWS
 from tests.pretrain.checkpoint.test_blocks import flips
 from tests.pretrain.corpus import prepare
 
 EXAMPLES = """examples:
-  python -m tests.faults.campaign --trials 200 --flips 1000 --seed 0        the whole campaign
-  python -m tests.faults.campaign --trials 20 --flips 0 --no-rows --layouts "ZeRO-2"
-  python -m tests.faults.campaign --trials 0 --flips 0 --rows 9 10         two rows of the table
+  python -m tests.faults.campaign --trials 200 --reshapes 30 --flips 1000 --seed 0        the whole campaign
+  python -m tests.faults.campaign --trials 20 --reshapes 0 --flips 0 --no-rows --layouts "ZeRO-2"
+  python -m tests.faults.campaign --trials 0 --reshapes 0 --flips 0 --rows 9 10         two rows of the table
 
 Exit codes: 0 everything passed, 1 something did not, 2 bad usage."""
 
@@ -48,6 +50,20 @@ def kills(trials: Trials, count: int, seed: int, layouts: list[str] | None, cons
                 console.print(f"[red]trial {number} of seed {seed}[/]: {kill}: {fault}", highlight=False)
             progress.advance(task)
     return outcomes
+
+
+def reshapes(trials: Reshapes, count: int, seed: int, console: Console) -> bool:
+    """Runs `count` of them; failures are printed. Returns whether there was none."""
+    generator = random.Random(seed)
+    passed = 0
+    with Progress(console=console, transient=True) as progress:
+        for _ in progress.track(range(count), description="changes of layout"):
+            what, faults = trials.trial(generator)
+            passed += not faults
+            for fault in faults:
+                console.print(f"[red]{what}[/]: {fault}", highlight=False)
+    console.print(f"{count} runs that changed ranks, axes and engine twice: {passed} trained like one rank")
+    return passed == count
 
 
 def kill_table(outcomes: list[Outcome]) -> Table:
@@ -113,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--trials", type=int, default=20, help="runs to kill (default 20)")
+    parser.add_argument("--reshapes", type=int, default=4, help="runs that change their layout twice (default 4)")
     parser.add_argument("--flips", type=int, default=200, help="bits to flip in a checkpoint (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="only these layouts of the killed runs")
@@ -126,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     start = time.monotonic()
     good = True
+    corpus = None
     with contextlib.ExitStack() as closing:
         folder = arguments.keep or closing.enter_context(tempfile.TemporaryDirectory(prefix="braid-campaign-"))
         if arguments.trials:
@@ -133,6 +151,9 @@ def main(argv: list[str] | None = None) -> int:
             outcomes = kills(Trials(Path(folder), corpus), arguments.trials, arguments.seed, arguments.layouts, console)
             console.print(kill_table(outcomes))
             good &= not any(outcome.faults for outcome in outcomes)
+        if arguments.reshapes:
+            corpus = corpus or prepare(Path(folder) / "corpus")
+            good &= reshapes(Reshapes(Path(folder), corpus), arguments.reshapes, arguments.seed, console)
         if arguments.flips:
             refused = flips(arguments.flips, arguments.seed, Path(folder) / "flips")
             console.print(f"{arguments.flips} random bit flips in a checkpoint's files: {refused} refused")

@@ -152,9 +152,11 @@ def killed_on_rank(
     return outcome, time.monotonic()
 
 
-def started_again(rank: int, world: int, run: Path, corpus: Path, overrides: tuple[str, ...]) -> int:
+def started_again(
+    rank: int, world: int, run: Path, corpus: Path, overrides: tuple[str, ...], stop: int | None = None
+) -> int:
     quiet(run)
-    return train_on_rank(rank, world, run, corpus, overrides)
+    return train_on_rank(rank, world, run, corpus, overrides, stop)
 
 
 def quiet(run: Path) -> None:
