@@ -120,7 +120,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "time in which the job was suspended counts",
         LIMITS, "        passed = min(passed, BLINK)\n", "",
-        HANGS + "test_a_job_that_was_suspended_has_not_hung",
+        PARTS + "test_time_in_which_the_watcher_was_away_does_not_count",
     ),
     (
         "the limit does not learn",

@@ -120,6 +120,7 @@ def accounts(folder: Path) -> dict[int, dict[str, Any]]:
     return {each["rank"]: each for each in found}
 
 
+@pytest.mark.campaign  # what torchrun does, with processes that start cold; test_signals.py does the same to warm ones
 def test_torchrun_passes_a_signal_on_and_reads_the_accounts(corpus: Path, tmp_path: Path) -> None:
     settings = ["train.steps=100000", "checkpoint.every=100000", f"run={tmp_path / 'run'}", f"data.path={corpus}"]
     launcher = torchrun(tmp_path, ["step:3::hold"], settings)

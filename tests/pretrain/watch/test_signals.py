@@ -38,8 +38,10 @@ def steps(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
 
 
-@pytest.mark.parametrize("phase", ["start", "rendezvous", "data", "model", "load", "step"])
-@pytest.mark.parametrize("group", [False, True], ids=["watcher", "both"])
+PHASES = ["start", "rendezvous", "data", "model", "load", "step"]
+
+
+@pytest.mark.parametrize(("phase", "group"), [*((phase, False) for phase in PHASES), ("start", True), ("load", True)])
 def test_with_nothing_to_save_a_signal_ends_the_job_at_once(
     phase: str, group: bool, trained: Path, corpus: Path, tmp_path: Path, start: Jobs
 ) -> None:

@@ -199,6 +199,7 @@ def _fork(request: _Request, rank: int, calls: Connection) -> int:
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
         calls.close()
         for stream, number in (("stdout", 1), ("stderr", 2)):
             file = request.terminal or f"{request.folder}/{stream}-{rank}"  # a session's first terminal is its own
