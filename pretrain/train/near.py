@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parallel.mesh import Mesh
 from parallel.processes import Processes
-from pretrain.checkpoint.agreement import Agreement
+from pretrain.checkpoint.agreement import Agreement, describe
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.checkpoint.near.tier import IDENTITY, Tier
@@ -82,23 +82,26 @@ class Near(Callback):
         assert self.tier is not None and self.thread is not None
         start = time.perf_counter()
         state = run.engine.state_tensors()  # collective, so also by a rank that is busy
+        copy, unable = None, ""
         if self.free.is_set() and not self.tier.off:
-            self.free.clear()
             own = {f"rank/{name}": tensor for name, tensor in random_state(run.processes.device).items()}
-            copy = self.snapshots.take({**state, **own})
-            self.thread.put(partial(self._save, run.step, copy, content(run, self.loader)))
-        else:
-            # Other ranks may be ready; each has the same saves in the same order, and hears there that this one is not.
-            self.thread.put(partial(self._save, run.step, None, {}))
+            try:
+                copy = self.snapshots.take({**state, **own})
+                self.free.clear()
+            except (MemoryError, RuntimeError) as error:  # RuntimeError is what torch raises
+                self.snapshots = Snapshots()  # lets go of what was already allocated
+                unable = f"no memory for a copy of the state ({describe(error)})"
+        # Also without a copy: the others may have one. All have the same saves in the same order, and hear there who has none.
+        self.thread.put(partial(self._save, run.step, copy, content(run, self.loader), unable))
         self.rounds += 1
         self.held += time.perf_counter() - start
         if self.thread.error is not None:
             self.broken = True
             self.progress.say(f"no more saves in near memory: {self.thread.error}; training goes on")
 
-    def _save(self, step: int, state: dict[str, Tensor] | None, meta: dict[str, Any]) -> None:
+    def _save(self, step: int, state: dict[str, Tensor] | None, meta: dict[str, Any], unable: str) -> None:
         assert self.tier is not None
-        self.saved += self.tier.save(step, state, meta)
+        self.saved += self.tier.save(step, state, meta, unable)
         if state is not None:
             self.free.set()
 

@@ -65,17 +65,18 @@ class Tier:
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    def save(self, step: int, state: Mapping[str, Tensor] | None, meta: Mapping[str, Any]) -> bool:
+    def save(self, step: int, state: Mapping[str, Tensor] | None, meta: Mapping[str, Any], unable: str = "") -> bool:
         """Makes a near save of `step`; returns whether it counts.
 
         state: what this rank holds, as `Snapshots.take` gave it; None if it has no copy of this step, and then no rank saves it.
+        unable: why this rank will never have one; that turns near saves off.
         """
         if self.off:
             return False
         save: Save | None = None
         try:
             size = None if state is None else parts.size_of(state)
-            answers = self._share("looking for room", lambda: (size, room.free_bytes(self.store.root)))
+            answers = self._share("looking for room", lambda: (size, room.free_bytes(self.store.root), unable))
             begun = self.agreement.decide("beginning", lambda: self._begin(step, answers))
             if isinstance(begun, str):
                 self._turn_off(begun)
@@ -95,9 +96,12 @@ class Tier:
         points.reached("near: pruned")
         return True
 
-    def _begin(self, step: int, answers: list[tuple[int | None, int]]) -> Save | str | None:
-        """The save's identity; None if a rank has nothing to save, or why there is no room."""
-        sizes = [size for size, _ in answers if size is not None]
+    def _begin(self, step: int, answers: list[tuple[int | None, int, str]]) -> Save | str | None:
+        """The save's identity; None if a rank has nothing to save, or why none ever will or there is no room."""
+        for rank, (_, _, unable) in enumerate(answers):
+            if unable:
+                return f"step {step}, rank {rank}: {unable}"
+        sizes = [size for size, _, _ in answers if size is not None]
         if len(sizes) < len(answers):
             return None
         needed = dict.fromkeys(self.hosts.members, 0)

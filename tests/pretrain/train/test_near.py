@@ -247,3 +247,26 @@ def test_ranks_that_can_no_longer_speak_train_on(tmp_path: Path, monkeypatch: py
     assert not (job.checkpoints.folder / "near.json").exists()  # so that the next job takes nothing from before
     job.near.on_end(job.run)
     job.near.close()
+
+
+def test_without_memory_for_a_copy_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = OneRank(tmp_path, monkeypatch)
+    job.gate.set()
+    job.step(2)
+    job.wait()
+
+    def fail(tensors: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace")
+
+    monkeypatch.setattr(job.near.snapshots, "take", fail)
+    for number in (4, 6):
+        job.step(number)
+        job.wait()
+    (line,) = [line for line in job.lines if "no more" in line]
+    assert (
+        "step 4, rank 0: no memory for a copy of the state (RuntimeError: DefaultCPUAllocator: can't allocate memory);"
+        in line
+    )
+    job.tier.off = ""
+    assert job.back() == (2, [100, 101, 102, 103])
+    job.near.close()
