@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parallel.config import Strict
@@ -16,7 +17,7 @@ from parallel.context import cut_batch
 from parallel.engines.base import Engine, Veto
 from parallel.engines.evidence import Evidence, WatchedReduceScatter
 from parallel.gradients import GradientRule, sum_gradients
-from parallel.layout import cuts, local
+from parallel.layout import cuts
 from parallel.mesh import Mesh
 from parallel.state import (
     load_model_tensors,
@@ -80,7 +81,9 @@ class TorchEngine(Engine):
     def reduce(self) -> None:
         """Completes the sums over ranks: from here on every gradient is the whole job's. `step` begins with it."""
         if self.seen is not None:
-            self.seen.see([local(p.grad) for p in self.model.parameters() if p.grad is not None])
+            # What FSDP2 shards it has summed by now, and shown before that.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.seen.see([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
             self.seen.close()
         if not self.sharded:
             sum_gradients(self.model, self.mesh)

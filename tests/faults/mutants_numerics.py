@@ -96,14 +96,14 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
         "pretrain/train/faults/state.py",
         "return FaultState(earlier.window, 0, self.rollbacks, self.transient, self.corrupted)",
         "return FaultState(earlier.window, 0, earlier.rollbacks, self.transient, self.corrupted)",
-        ROLLBACK + "test_two_rollbacks_and_then_the_end",
+        "tests/pretrain/train/test_spikes.py::test_the_window_follows_and_survives_json",
     ),
     (
         "after a rollback nothing is saved until the next interval",
         "pretrain/train/save.py",
         "        self.begun = -1\n",
         "",
-        ROLLBACK + "test_two_rollbacks_and_then_the_end",
+        ROLLBACK + "test_validation_lines_of_undone_steps_are_dropped",
     ),
     (
         "a rollback goes to the newest checkpoint, however near",
@@ -117,7 +117,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
         "pretrain/train/faults/rewind.py",
         "        forget_loads(run.model)\n",
         "",
-        CORRUPTION + "test_a_flipped_bit_is_found_and_the_run_ends_as_if_it_had_not_been[three replicas]",
+        CORRUPTION + "test_a_flipped_bit_is_found_and_the_run_ends_as_if_it_had_not_been[optimizer of replicas]",
     ),
     (
         "saves are not checked",
@@ -132,7 +132,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
         "several = (counts[inverse] > 1) & (keys != 0)",
         "several = (counts[inverse] > 1) & (keys != 0)\n"
         '        several[processes.rank][: len(places)] &= torch.tensor([place[0][:5] == "model" for place in places])',
-        CORRUPTION + "test_a_flipped_bit_is_found_and_the_run_ends_as_if_it_had_not_been[three replicas, optimizer]",
+        CORRUPTION + "test_a_flipped_bit_is_found_and_the_run_ends_as_if_it_had_not_been[optimizer of replicas]",
     ),
     (
         "a rank that differs again is forgiven",

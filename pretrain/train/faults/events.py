@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from pretrain.exit import Exit
 from pretrain.train.metrics import finite
 
 FILE = "events.jsonl"
@@ -28,3 +29,8 @@ class Events:
         torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         with self.path.open("a") as file:
             file.write("\n" * torn + json.dumps(finite(record), allow_nan=False) + "\n")
+
+    def stop(self, step: int, text: str, code: int) -> NoReturn:
+        """Ends the run, on all ranks with the same words."""
+        self.add(step, "stop", text, code=code)
+        raise Exit(f"step {step}: {text}", code)

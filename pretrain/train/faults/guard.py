@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 
-from pretrain.exit import NUMERICAL, Exit
+from pretrain.exit import NUMERICAL
 from pretrain.train.callback import Run
 from pretrain.train.faults.events import Events
 from pretrain.train.faults.spikes import spike
@@ -50,13 +50,10 @@ class Guard:
         state, fault = self.run.faults, result.fault
         if result.first is not None:
             self._replayed(step, result.first, result)
-        # Before the window takes the step in: going back forgets it, and then it must not have been there.
-        back = fault is not None and self._policy(fault) == "rollback"
-        if back and state.rollbacks >= self.config.rollbacks:
-            assert fault is not None
-            text = f"step {step}: {fault.text}, after {state.rollbacks} rollbacks (faults.rollbacks)"
-            raise Exit(f"{text}; the checkpoints are kept", NUMERICAL)
-        if back:
+        if fault is not None and self._policy(fault) == "rollback":
+            if state.rollbacks >= self.config.rollbacks:
+                text = f"{fault.text}, after {state.rollbacks} rollbacks (faults.rollbacks); the checkpoints are kept"
+                self.events.stop(step, text, NUMERICAL)
             return True
         self.keep(step, result)
         return False
@@ -74,8 +71,10 @@ class Guard:
             return
         self.events.add(step, "skip", f"{fault.text}, update skipped ({state.bad} in a row)", **numbers)
         if state.bad >= limit:
-            text = f"{state.bad} steps in a row were skipped, in the last one {fault.text}"
-            raise Exit(f"{text}; the newest checkpoint is kept", NUMERICAL)
+            text = (
+                f"{state.bad} steps in a row were skipped, in the last one {fault.text}; the newest checkpoint is kept"
+            )
+            self.events.stop(step, text, NUMERICAL)
 
     def _policy(self, fault: Fault) -> str:
         return self.config.not_finite if fault.kind == "not finite" else self.config.spike
@@ -113,7 +112,7 @@ class Guard:
         often = [label for label in labels if counts[label] >= self.config.transient_limit]
         if often:
             text = f"{', '.join(often)}: {self.config.transient_limit} errors of the hardware in this run"
-            raise Exit(f"step {step}: {text}; run again without that host", NUMERICAL)
+            self.events.stop(step, f"{text}; run again without that host", NUMERICAL)
 
 
 def where(ranks: Iterable[int], world: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parallel.replicas import Difference, Replicas
-from pretrain.exit import ERROR, NUMERICAL, Exit
+from pretrain.exit import ERROR, NUMERICAL
 from pretrain.train.callback import Run
 from pretrain.train.faults.events import Events
 from pretrain.train.faults.guard import where
@@ -50,9 +50,9 @@ class ReplicaCheck:
         self.events.add(step, "replicas differ", text, where=labels, tensors=tensors[:20], blocks=len(differences))
         if again:
             text = f"{', '.join(again)} differs from its replicas again within {self.every} steps"
-            raise Exit(f"step {step}: {text}; run again without that host, from the newest checkpoint", NUMERICAL)
+            self.events.stop(step, f"{text}; run again without that host", NUMERICAL)
         if not self.rewind.to(step):
-            raise Exit(f"step {step}: {text}. There is no checkpoint yet to go back to; run again", ERROR)
+            self.events.stop(step, f"{text}. There is no checkpoint yet to go back to; run again", ERROR)
         self.events.add(
             run.step, "back", f"went back from step {step} to the checkpoint of step {run.step}", origin=step
         )

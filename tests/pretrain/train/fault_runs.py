@@ -36,10 +36,12 @@ SPIKES = ("faults.history=3", "faults.window=4")
 
 
 def flip(values: Tensor) -> Tensor:
-    """A copy in which the top bit of the exponent of the largest element has flipped."""
+    """A copy in which the top bit of the exponent has flipped in the largest element, and in some of every token's."""
     flipped = values.detach().clone(memory_format=torch.contiguous_format)
     flat = flipped.view(-1)
-    flat.view(torch.int32)[flat.abs().argmax()] ^= 1 << 30
+    words = flat.view(torch.int32)
+    words[::33] ^= 1 << 30
+    words[flat.abs().argmax()] |= 1 << 30
     return flipped
 
 
@@ -54,8 +56,8 @@ DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
 class Damage(Callback):
     """Does something to a number of one rank (None: of all) while the given steps (from 1) are computed.
 
-    where: loss; batch (what the embedding puts out); gradient (of that); router (its logits). times: how often in all, replays
-    included; None for always.
+    where: loss; batch (what the embedding puts out); gradient (of the last layer's input); router (its logits).
+    times: how often in all, replays included; None for always.
     """
 
     def __init__(self, where: str, how: str, steps: set[int], rank: int | None = None, times: int | None = None):
@@ -73,11 +75,12 @@ class Damage(Callback):
         elif self.where == "batch":
             model.embedding.register_forward_hook(lambda module, inputs, output: self.done(output))
         elif self.where == "gradient":
-            model.embedding.register_forward_hook(
-                lambda module, inputs, output: (
-                    output.register_hook(self.done) and None if output.requires_grad else None
-                )
-            )
+            # Where all the parameters before it, on all ranks, are given what goes wrong.
+            def watch(module: Any, inputs: Any) -> None:
+                if inputs[0].requires_grad:
+                    inputs[0].register_hook(self.done)
+
+            model.blocks[-1].register_forward_pre_hook(watch)
         else:
             assert self.where == "router"
             router = next(module for module in model.modules() if isinstance(module, Router))

@@ -10,8 +10,7 @@ from tests.pretrain.train.fault_runs import Corrupt, curve, different, events, g
 
 CASES = {
     # ranks, mesh, what is hit and on which rank, who is accused
-    "three replicas": (3, ("mesh.replicate=3", "train.batch=6"), "model/blocks.0.ffn.gate_up", 2, [2]),
-    "three replicas, optimizer": (3, ("mesh.replicate=3", "train.batch=6"), "optimizer/norm.weight/exp_avg_sq", 0, [0]),
+    "optimizer of replicas": (3, ("mesh.replicate=3", "train.batch=6"), "optimizer/norm.weight/exp_avg_sq", 0, [0]),
     "hybrid sharding": (4, ("mesh.replicate=2",), "model/embedding.weight", 3, [1, 3]),
     "a norm under tensor parallelism": (2, ("mesh.tp=2",), "model/blocks.1.mixer_norm.weight", 1, [0, 1]),
     "tied embedding of two stages": (2, ("mesh.pp=2", "model.tie_embeddings=true"), "model/embedding.weight", 1, [0, 1]),
@@ -47,7 +46,7 @@ def test_a_rank_that_differs_again_ends_the_run(corpus: Path, tmp_path: Path) ->
     overrides = (*overrides, "faults.replica_check_every=2")
     answer = go(3, tmp_path, corpus, *overrides, callbacks=[hit])[0]
     assert answer.startswith("79: step 6: rank 1 on ") and "differs from its replicas again within 2 steps" in answer
-    assert kinds(tmp_path) == [(6, "replicas differ"), (3, "back"), (6, "replicas differ")]
+    assert kinds(tmp_path) == [(6, "replicas differ"), (3, "back"), (6, "replicas differ"), (6, "stop")]
 
 
 def test_before_the_first_checkpoint_there_is_nothing_to_go_back_to(corpus: Path, tmp_path: Path) -> None:

@@ -128,3 +128,5 @@ def test_validation_lines_of_undone_steps_are_dropped(corpus: Path, tmp_path: Pa
     assert go(1, tmp_path, corpus, *overrides, callbacks=damage)[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5] and kinds(tmp_path)[-1] == (6, "rollback")
+    # The checkpoint that it went back to was saved anew at once: a job that dies here goes on like this one.
+    assert meta(tmp_path, 4)["faults"]["rollbacks"] == 1 and meta(tmp_path, 4)["data"]["skipped"] == [[16, 24]]
