@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.checkpoint.errors import CheckpointError, NoMemory
 from pretrain.checkpoint.lifecycle import Checkpoints
-from pretrain.checkpoint.snapshot import Snapshots
+from pretrain.checkpoint.snapshot import Snapshots, held_bytes
 
 
 class BackgroundSaver:
@@ -24,18 +25,42 @@ class BackgroundSaver:
         """done: called in the thread of each rank with step, folder and seconds, when a save has been committed."""
         self.checkpoints, self.done = checkpoints, done
         self._snapshots = Snapshots()
+        self._has_memory = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], per_rank: Mapping[str, Tensor]
     ) -> None:
-        """Returns when the state has been copied. `wait` for the save before this one first."""
+        """Returns when the state has been copied. `wait` for the save before this one first.
+
+        Raises NoMemory, on every rank, if some rank has no room for the copy: then nothing has begun.
+        """
         assert self._thread is None, "one save at a time"
-        state = self._snapshots.take({**tensors, **{f"rank/{name}": tensor for name, tensor in per_rank.items()}})
+        state = self._copy({**tensors, **{f"rank/{name}": tensor for name, tensor in per_rank.items()}})
         own = {name.removeprefix("rank/"): state.pop(name) for name in list(state) if name.startswith("rank/")}
         self._thread = threading.Thread(target=self._save, args=(step, state, dict(meta), own), name="checkpoint")
         self._thread.start()
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._has_memory:
+            return self._snapshots.take(tensors)
+        taken: list[dict[str, Tensor]] = []
+
+        def attempt() -> None:
+            try:
+                taken.append(self._snapshots.take(tensors))
+            except (MemoryError, RuntimeError) as error:  # RuntimeError is what torch raises
+                size = held_bytes(tensors) / 2**30
+                raise CheckpointError(f"no memory for {size:.3g} GiB ({str(error).strip().splitlines()[0]})") from None
+
+        try:
+            self.checkpoints.agreement.everyone("copying the state to host memory", attempt)
+        except CheckpointError as error:
+            self._snapshots = Snapshots()  # lets go of what was already allocated
+            raise NoMemory(str(error)) from None
+        self._has_memory = True  # the same memory serves every later copy, so nobody needs to ask again
+        return taken[0]
 
     def _save(self, step: int, state: dict[str, Tensor], meta: dict[str, Any], own: dict[str, Tensor]) -> None:
         start = time.perf_counter()

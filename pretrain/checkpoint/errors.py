@@ -14,6 +14,10 @@ class CheckpointError(RuntimeError):
     exit_code = 1
 
 
+class NoMemory(CheckpointError):
+    """Some rank has no host memory for a copy of its state; a save that needs no copy may still work."""
+
+
 class NoLoadableCheckpoint(Exit):
     """Checkpoints exist, but none can be loaded. Starting from scratch would hide the loss, so the job ends (78)."""
 

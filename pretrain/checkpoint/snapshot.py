@@ -52,6 +52,17 @@ class Frozen(Tensor):
         return self.blocks[tuple(index.offset)]
 
 
+def held_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that a snapshot of these takes on this rank."""
+    total = 0
+    for tensor in tensors.values():
+        if hasattr(tensor, "__create_chunk_list__"):
+            total += sum(chunk.sizes.numel() for chunk in tensor.__create_chunk_list__()) * tensor.dtype.itemsize
+        else:
+            total += tensor.nbytes
+    return total
+
+
 class Snapshots:
     """Takes snapshots into the same host memory again and again: one copy of this rank's state, no more."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.errors import CheckpointError, NoMemory
 from pretrain.checkpoint.identity import check_same_model
 from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.checkpoint.near.tier import Tier
@@ -32,6 +32,7 @@ class Save(Callback):
         self.background = BackgroundSaver(checkpoints, self._done)
         self.begun = -1  # the newest step whose save has begun
         self.failures = 0
+        self.no_memory = False  # for the copy that a save beside training needs
 
     def on_start(self, run: Run) -> None:
         self.begun = run.step
@@ -74,9 +75,7 @@ class Save(Callback):
         self.begun = run.step
         state, meta, own = run.engine.state_tensors(), content(run, self.loader), random_state(run.processes.device)
         try:
-            if run.config.checkpoint.background and not run.last:
-                self.background.start(run.step, state, meta, own)
-            else:
+            if not self._begin_beside_training(run, state, meta, own):
                 start = time.perf_counter()
                 self._done(run.step, self.checkpoints.save(run.step, state, meta, own), time.perf_counter() - start)
                 self.failures = 0
@@ -84,6 +83,18 @@ class Save(Callback):
             if run.last:
                 raise
             self._failed(run, error)
+
+    def _begin_beside_training(
+        self, run: Run, state: dict[str, Any], meta: dict[str, Any], own: dict[str, torch.Tensor]
+    ) -> bool:
+        if run.last or not run.config.checkpoint.background or self.no_memory:
+            return False
+        try:
+            self.background.start(run.step, state, meta, own)
+        except NoMemory as error:
+            self.no_memory = True
+            self.progress.say(f"step {run.step}: {error}; from now on training stops for every save")
+        return not self.no_memory
 
     def _failed(self, run: Run, error: CheckpointError) -> None:
         self.failures += 1
