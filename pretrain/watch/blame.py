@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pretrain.watch.process import STOPPED
+from pretrain.watch.process import STOPPED, UNKNOWN
 from pretrain.watch.pulse import Beat
 
 ENDED = "ended"
@@ -46,7 +46,11 @@ def blame(reports: Sequence[Report], world: int) -> dict[int, str]:
     if silent or stopped:
         return dict(sorted((silent | stopped).items()))
     waiting = [each for each in reports if each.meets]
-    busy = {each.rank: f"not waiting for others as they are, but in {each.place}" for each in reports if not each.meets}
+    busy = {
+        each.rank: f"not waiting for others as they are, but in {each.place}"
+        for each in reports
+        if not each.meets and each.place != UNKNOWN  # a rank that gave no stacks in time may wait like the others
+    }
     if waiting and busy:
         return busy
     ahead = max(reports, key=lambda each: each.count)

@@ -24,6 +24,7 @@ STATES = {
     "X": "ended",
 }
 STOPPED = (STATES["T"], STATES["t"])
+UNKNOWN = "unknown"  # where a rank is that gave no stacks, or what its process does
 ASK = signal.SIGUSR2
 QUIET = 0.2  # seconds without another line after which the stacks are complete
 
@@ -89,7 +90,7 @@ def meets(stack: list[Frame]) -> bool:
 def place(stack: list[Frame]) -> str:
     """`all_reduce (.../distributed_c10d.py:3021), called by sum (parallel/processes.py:62)`"""
     if not stack:
-        return "unknown"
+        return UNKNOWN
     inner = stack[0]
     # Decorators hide the collective's own name.
     shown = next((frame for frame in stack[:4] if frame.function != "wrapper"), inner)
@@ -103,7 +104,7 @@ def state(pid: int) -> str:
         # The name of the program, in parentheses, may hold anything.
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return "unknown"
+        return UNKNOWN
     return STATES.get(letter, letter)
 
 

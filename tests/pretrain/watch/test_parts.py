@@ -153,6 +153,7 @@ def test_blame() -> None:
     assert ranks(of(0), of(1), of(2, meets=False, place="match (re.py:2)"), of(3)) == [2]
     # Also when it is not behind: it counts as many beats as those that wait for it.
     assert ranks(of(0), of(1), of(2, meets=False, count=101), of(3)) == [2]
+    assert ranks(of(0), of(1), of(2, meets=False, place="unknown"), of(3)) == []
     assert ranks(of(0), of(1, count=99, step=40), of(2), of(3)) == [1]
     assert ranks(of(0), of(1), of(2), of(3)) == []
     assert ranks(*(of(rank, meets=False) for rank in range(4))) == []
