@@ -122,8 +122,8 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "saves are not checked",
         "pretrain/train/loop.py",
-        "self.replica_check.went_back(saving=self.save.due(run))",
-        "self.replica_check.went_back(saving=False)",
+        "saving=self.save.due(run)",
+        "saving=False",
         CORRUPTION + "test_what_is_saved_has_passed_the_check",
     ),
     (
