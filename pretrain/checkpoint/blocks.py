@@ -8,6 +8,7 @@ damaged; the code then says whether one flipped bit explains it, and which. That
 from __future__ import annotations
 
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from pretrain.checkpoint.errors import CheckpointError
 
 BLOCK = 4 << 20
+DEPTH = 8  # blocks that may wait to be written: the two threads need not take turns
+AHEAD = 32 << 20  # bytes after which the system is told to begin putting them on disk
 _LEVELS = (BLOCK // 8).bit_length() - 1  # bits in the number of a word
 _ROW = 2048
 _HASH = 16
@@ -83,7 +86,10 @@ class DamagedBlock(CheckpointError):
 
 
 class HashingWriter:
-    """A new file at `path` (which must not exist), and its sums. Data is copied once; a thread writes while this one hashes."""
+    """A new file at `path` (which must not exist), and its sums. A thread writes while this one hashes.
+
+    What fills a block goes to the file from where it lies; only the ends of tensors are gathered in a buffer.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,52 +97,73 @@ class HashingWriter:
         self.sums = bytearray()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._buffers = [bytearray(BLOCK), bytearray(BLOCK)]
+        self._leaving: list[Future[None] | None] = [None, None]  # the write of what each buffer held
+        self._written = self._begun = 0  # bytes that the system has, and those of them that it was told to put on disk
         self._pool = ThreadPoolExecutor(1, "checkpoint-writer")
-        self._pending: Future[None] | None = None
+        self._writes: deque[Future[None]] = deque()
 
     def write(self, data: memoryview) -> None:
-        """Appends bytes. Raises OSError naming the file."""
+        """Appends bytes, which are the caller's again when this returns. Raises OSError naming the file."""
         at = 0
+        straight = False
         while at < len(data):
             offset = self.position % BLOCK
             count = min(BLOCK - offset, len(data) - at)
-            memoryview(self._buffers[0])[offset : offset + count] = data[at : at + count]
-            at += count
             self.position += count
-            if self.position % BLOCK == 0:
-                self._flush(BLOCK)
+            if count == BLOCK:
+                self._flush(data[at : at + BLOCK], BLOCK)
+                straight = True
+            else:
+                if offset == 0 and (leaving := self._leaving[0]) is not None:
+                    leaving.result()
+                memoryview(self._buffers[0])[offset : offset + count] = data[at : at + count]
+                if self.position % BLOCK == 0:
+                    self._flush_buffer(BLOCK)
+            at += count
+        if straight:
+            self._wait()
 
     def align(self, multiple: int) -> None:
         """Zeros up to the next multiple of so many bytes."""
         self.write(memoryview(bytes(-self.position % multiple)))
 
-    def _flush(self, size: int) -> None:
-        block = self._buffers[0]
-        self._wait()
-        self._pending = self._pool.submit(self._write, block, size)
-        words = _words(size)
-        block[size : 8 * words] = bytes(8 * words - size)  # the writer's part of it is not touched
-        self.sums += xxhash.xxh3_128_digest(memoryview(block)[:size])
-        self.sums += code(np.frombuffer(block, np.uint64, words)).tobytes()
+    def _flush_buffer(self, size: int) -> None:
+        block = memoryview(self._buffers[0])
+        block[size : 8 * _words(size)] = bytes(8 * _words(size) - size)
+        self._leaving[0] = self._flush(block, size)
         self._buffers.reverse()
+        self._leaving.reverse()
 
-    def _write(self, block: bytearray, size: int) -> None:
-        view = memoryview(block)[:size]
+    def _flush(self, block: memoryview, size: int) -> Future[None]:
+        """Hashes `size` bytes and has them written. What follows them in `block`, up to a power of two of words, is zero."""
+        while len(self._writes) >= DEPTH:
+            self._writes.popleft().result()
+        self._writes.append(writing := self._pool.submit(self._write, block, size))
+        self.sums += xxhash.xxh3_128_digest(memoryview(block)[:size])
+        self.sums += code(np.frombuffer(block, np.uint64, _words(size))).tobytes()
+        return writing
+
+    def _write(self, block: memoryview, size: int) -> None:
+        view = block[:size]
         try:
             while view:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._written += size
+        if self._written - self._begun >= AHEAD:
+            # Of pages that are not on disk yet this advice starts the writing, and returns: the disk need not wait for fsync.
+            os.posix_fadvise(self._descriptor, self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = self._written
 
     def _wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        while self._writes:
+            self._writes.popleft().result()
 
     def finish(self) -> None:
         """Everything is on disk when this returns (the name is not: that takes an fsync of the folder)."""
         if self.position % BLOCK:
-            self._flush(self.position % BLOCK)
+            self._flush_buffer(self.position % BLOCK)
         self._wait()
         try:
             os.fsync(self._descriptor)

@@ -108,10 +108,10 @@ def test_kinds_of_damage_are_told_apart(tmp_path: Path) -> None:
 def test_damage_between_hashing_and_the_disk_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A controller that changes a bit after the hash was taken from memory."""
 
-    def damaging(self: HashingWriter, block: bytearray, size: int) -> None:
+    def damaging(self: HashingWriter, block: memoryview, size: int) -> None:
         changed = bytearray(block[:size])
         changed[11] ^= 2
-        write(self, changed, size)
+        write(self, memoryview(changed), size)
 
     write = HashingWriter._write
     monkeypatch.setattr(HashingWriter, "_write", damaging)
