@@ -40,6 +40,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what the run would cost and leave; needs no devices"
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="end with 78 if the newest checkpoint is damaged, instead of going on from the one before",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     parser.add_argument(
         "--unwatched",
@@ -63,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pretrain.train import heartbeat
 
     try:
-        config = configuration.load(arguments.config, arguments.overrides)
+        strict = ["checkpoint.strict=true"] if arguments.strict else []
+        config = configuration.load(arguments.config, [*arguments.overrides, *strict])
         if arguments.print_config:
             print(configuration.dump(config), end="")
             return 0

@@ -139,7 +139,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "those that wait are blamed",
-        BLAME, "each in reports if not each.meets}", "each in reports if each.meets}",
+        BLAME, "if not each.meets and each.place", "if each.meets and each.place",
         PARTS + "test_blame",
     ),
     (

@@ -268,6 +268,14 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert "usage:" in done.stdout and done.stdout.splitlines()[-1] == "heavy: [] 0", done.stdout[-300:] + done.stderr
 
 
+def test_strict_is_a_setting_of_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    from pretrain.main import main
+
+    for flags, value in (([], "false"), (["--strict"], "true")):
+        assert main(["--config", "configs/runs/quickstart.yaml", "--print-config", *flags]) == 0
+        assert f"  strict: {value}" in capsys.readouterr().out.splitlines()
+
+
 def test_unknown_option_is_bad_usage() -> None:
     done = call("--no-such-option")
     assert done.returncode == 2 and "no-such-option" in done.stderr
