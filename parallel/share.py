@@ -68,15 +68,7 @@ class Share(Tensor):
         return f"Share({self.called}: {len(self.boxes())} blocks of {list(self.shape)}, {self.dtype})"
 
     def __create_write_items__(self, name: str, share: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(local(self.held))
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
+        return write_items(self, name, TensorProperties.create_from_tensor(local(self.held)))
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(box.whole), torch.Size(box.sizes)) for box in self.boxes()]
@@ -87,3 +79,15 @@ class Share(Tensor):
             if box.whole == tuple(index.offset):
                 return self.block(box)
         raise ValueError(f"no block of {index.fqn} at {tuple(index.offset)} on this rank")
+
+
+def write_items(tensor: Any, name: str, properties: TensorProperties) -> list[WriteItem]:
+    """What the planner of a save is told of a tensor of which this rank holds blocks: one item a block."""
+    return [
+        WriteItem(
+            index=MetadataIndex(name, chunk.offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=tensor.size()),
+        )
+        for chunk in tensor.__create_chunk_list__()
+    ]

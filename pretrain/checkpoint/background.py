@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.checkpoint.agreement import describe
 from pretrain.checkpoint.errors import CheckpointError, NoMemory
 from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.checkpoint.snapshot import Snapshots, held_bytes
@@ -52,7 +53,7 @@ class BackgroundSaver:
                 taken.append(self._snapshots.take(tensors))
             except (MemoryError, RuntimeError) as error:  # RuntimeError is what torch raises
                 size = held_bytes(tensors) / 2**30
-                raise CheckpointError(f"no memory for {size:.3g} GiB ({str(error).strip().splitlines()[0]})") from None
+                raise CheckpointError(f"no memory for {size:.3g} GiB ({describe(error)})") from None
 
         try:
             self.checkpoints.agreement.everyone("copying the state to host memory", attempt)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import WriteItem
+
+from parallel.share import write_items
 
 
 class Frozen(Tensor):
@@ -34,15 +36,7 @@ class Frozen(Tensor):
         return f"Frozen({len(self.blocks)} blocks of {list(self.shape)}, {self.dtype})"
 
     def __create_write_items__(self, name: str, frozen: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
+        return write_items(self, name, TensorProperties(dtype=self.dtype))
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offsets), block.shape) for offsets, block in self.blocks.items()]
@@ -52,15 +46,20 @@ class Frozen(Tensor):
         return self.blocks[tuple(index.offset)]
 
 
+def blocks_of(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """(name, offsets in the whole tensor, block) of all that this rank holds, as views; of a snapshot as of the live tensors."""
+    for name, tensor in sorted(tensors.items()):
+        if not hasattr(tensor, "__create_chunk_list__"):
+            yield name, (), tensor.detach()
+            continue
+        for chunk in tensor.__create_chunk_list__():
+            block = tensor.__get_tensor_shard__(MetadataIndex(name, chunk.offsets))  # type: ignore[attr-defined]
+            yield name, tuple(chunk.offsets), block.detach()
+
+
 def held_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes that a snapshot of these takes on this rank."""
-    total = 0
-    for tensor in tensors.values():
-        if hasattr(tensor, "__create_chunk_list__"):
-            total += sum(chunk.sizes.numel() for chunk in tensor.__create_chunk_list__()) * tensor.dtype.itemsize
-        else:
-            total += tensor.nbytes
-    return total
+    return sum(block.nbytes for _, _, block in blocks_of(tensors))
 
 
 class Snapshots:
@@ -82,10 +81,9 @@ class Snapshots:
     def _freeze(self, name: str, tensor: Tensor, memory: dict[tuple[str, tuple[int, ...]], Tensor]) -> Tensor:
         if not hasattr(tensor, "__create_chunk_list__"):
             return self._copy((name, ()), tensor, memory)
-        blocks = {}
-        for chunk in tensor.__create_chunk_list__():
-            block = tensor.__get_tensor_shard__(MetadataIndex(name, chunk.offsets))  # type: ignore[attr-defined]
-            blocks[tuple(chunk.offsets)] = self._copy((name, tuple(chunk.offsets)), block, memory)
+        blocks = {
+            offsets: self._copy((name, offsets), block, memory) for _, offsets, block in blocks_of({name: tensor})
+        }
         return Frozen.of(tensor, blocks)
 
     def _copy(

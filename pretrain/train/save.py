@@ -94,7 +94,8 @@ class Save(Callback):
         except NoMemory as error:
             self.no_memory = True
             self.progress.say(f"step {run.step}: {error}; from now on training stops for every save")
-        return not self.no_memory
+            return False
+        return True
 
     def _failed(self, run: Run, error: CheckpointError) -> None:
         self.failures += 1

@@ -5,7 +5,6 @@ Everything about a trial follows from its seed. The ranks are forked warm (tests
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -22,6 +21,7 @@ from pretrain.checkpoint.folder import entries, leftovers
 from pretrain.checkpoint.snapshot import Snapshots
 from pretrain.train.callback import Callback, Run
 from pretrain.train.loop import train
+from pretrain.train.metrics import read as read_metrics
 from tests.pretrain.train.small_run import checkpoint_tensors, configuration, losses, train_on_rank
 from tests.ranks import Died, RanksFailed, run_ranks
 
@@ -202,7 +202,8 @@ class Trials:
         if outcome.happened and survivors:
             outcome.detection = max(left for _, left in survivors) - float((run / DIED_AT).read_text())
             outcome.faults += [f"a survivor ended with {text}" for text, _ in survivors if text == "75"]
-        done = max((record["step"] for record in _records(run)), default=0)
+        metrics = run / "metrics.jsonl"
+        done = max((record["step"] for record in read_metrics(metrics)), default=0) if metrics.exists() else 0
         committed = [entry.step for entry in entries(run / "checkpoints") if not entry.fault]
         outcome.steps_lost = done - max(committed, default=0)
         # A save in the background may still be under way when the one before the next is due, never longer.
@@ -227,14 +228,3 @@ class Trials:
         if not outcome.faults:
             shutil.rmtree(run)
         return outcome
-
-
-def _records(run: Path) -> list[dict[str, int]]:
-    file = run / "metrics.jsonl"
-    records = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # torn: it was being written
-            continue
-    return records

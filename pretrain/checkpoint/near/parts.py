@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pretrain.checkpoint import points
 from pretrain.checkpoint.blocks import CheckedReader, HashingWriter
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.planned import ALIGNMENT, as_bytes
 from pretrain.checkpoint.sealed import read_sealed, write_sealed
+from pretrain.checkpoint.snapshot import blocks_of
 
 FORMAT = 1
 
@@ -61,17 +61,6 @@ def data_file(folder: Path, rank: int) -> Path:
 
 def description(folder: Path, rank: int) -> Path:
     return folder / f"{rank:05d}.json"
-
-
-def blocks_of(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """(name, offsets in the whole tensor, block) of all that this rank holds, as views; of a snapshot as of the live tensors."""
-    for name, tensor in sorted(tensors.items()):
-        if not hasattr(tensor, "__create_chunk_list__"):
-            yield name, (), tensor.detach()
-            continue
-        for chunk in tensor.__create_chunk_list__():
-            block = tensor.__get_tensor_shard__(MetadataIndex(name, chunk.offsets))  # type: ignore[attr-defined]
-            yield name, tuple(chunk.offsets), block.detach()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

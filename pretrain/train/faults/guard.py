@@ -16,7 +16,7 @@ from pretrain.train.step import Fault, StepResult
 
 
 class Guard:
-    """`judge` is for train_step; `settle` takes its result and keeps the counts, which are the run's (run.faults)."""
+    """train_step calls it as its judge; `settle` takes the result and keeps the counts, which are the run's (run.faults)."""
 
     def __init__(self, run: Run, events: Events):
         self.run, self.events, self.config = run, events, run.config.faults
