@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   python -m pretrain.checkpoint export runs/llama --out exported/llama --dtype bf16
   python -m pretrain.checkpoint import downloads/some_model --out runs/imported
   python -m pretrain.checkpoint bench --size 1GiB --folder /scratch
-  python -m pretrain.checkpoint bench --steps --size 256MiB --step-seconds 0.5
+  python -m pretrain.checkpoint bench --steps --size 256MiB --step-seconds 2
 Exit codes: 0 good, 1 some checkpoints or files are damaged, 2 bad usage, or a model that a format cannot express,
 78 checkpoints exist but none can be loaded."""
 
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="turns of each (default 5)")
     one.add_argument("--steps", action="store_true", help="instead: what a save beside training costs the steps")
     one.add_argument(
-        "--step-seconds", type=at_least(0.001), default=0.2, metavar="S", help="of a step, with --steps (default 0.2)"
+        "--step-seconds", type=at_least(0.001), default=0.5, metavar="S", help="of a step, with --steps (default 0.5)"
     )
     one.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     return parser.parse_args(argv)

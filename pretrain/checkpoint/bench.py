@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,14 @@ def ratios(times: Times) -> dict[str, float]:
 def stall(
     size: int, folder: Path, rounds: int, step_seconds: float, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """What a save beside training costs: windows of ten steps in which one is begun, and windows in which none is.
+    """What a save beside training costs the ten steps around it.
 
-    A step is matrix products on one thread, as the host of an accelerator has cores to spare. Returns lists over rounds: seconds
-    for which a save's start held the training thread; seconds from there until it was committed; mean seconds of a step in a
-    window with a save and in the window without one beside it. A save may outlast its window; the next one waits for it.
+    A step is matrix products on one thread, as the host of an accelerator has cores to spare. Whole windows of a shared machine
+    differ by more than a save costs, so steps are compared with their neighbours: what the start of the save and the steps
+    until it was committed took beyond the median of the other steps of the same window, as a share of ten such steps.
+    Returns lists over rounds: seconds for which the start held the training thread; seconds from there until the commit;
+    seconds of an undisturbed step; by what share the mean of the ten steps grew; the same of windows without a save, where
+    the steps at the same places are compared, so that a machine that tells nothing shows itself.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -158,40 +162,52 @@ def stall(
     products = _products(matrix, step_seconds)
     scratch = Path(tempfile.mkdtemp(prefix="checkpoint-bench-", dir=folder))
     done: list[float] = []
-    saver = BackgroundSaver(Checkpoints(scratch, keep=1), lambda step, path, seconds: done.append(seconds))
-    found: dict[str, list[float]] = {"held": [], "saved": [], "with": [], "without": []}
+    saver = BackgroundSaver(Checkpoints(scratch, keep=1), lambda step, path, seconds: done.append(time.perf_counter()))
+    found: dict[str, list[float]] = {"held": [], "saved": [], "step": [], "more": [], "control": []}
     try:
         for number in range(rounds + 1):  # in the first one the memory for the copy is taken
-            windows: dict[str, float] = {}
-            for kind in ("with", "without") if number % 2 else ("without", "with"):
-                start = time.perf_counter()
-                held = 0.0
-                for step in range(WINDOW):
-                    _step(matrix, products)
-                    if kind == "with" and step == 0:
-                        begun = time.perf_counter()
-                        saver.start(number, state, {}, {})
-                        held = time.perf_counter() - begun
-                windows[kind] = (time.perf_counter() - start) / WINDOW
-                if kind == "with":
-                    saver.wait()
-                    if number:
-                        found["held"].append(held)
-                        found["saved"].append(done[-1])
+            begun = time.perf_counter()
+            saver.start(number, state, {}, {})
+            held = time.perf_counter() - begun
+            ends = _window(matrix, products)
+            saver.wait()
+            first = sum(end < done[-1] for end in ends) + 1  # steps until the commit, and the one in which it fell
+            if first > WINDOW // 2:
+                raise ValueError(
+                    f"the save outlasted {first - 1} of {WINDOW} steps; longer steps (--step-seconds) or a smaller --size"
+                )
+            step, more = _beyond([begun + held, *ends], first, held)
+            start = time.perf_counter()
+            _, control = _beyond([start, *_window(matrix, products)], first, 0.0)
             if number:
-                found["with"].append(windows["with"])
-                found["without"].append(windows["without"])
-                more = 100 * (windows["with"] / windows["without"] - 1)
+                for name, value in zip(found, (held, done[-1] - begun, step, more, control), strict=True):
+                    found[name].append(value)
                 say(
-                    f"round {number}: held {1000 * found['held'][-1]:.0f} ms, committed after {found['saved'][-1]:.2f} s, "
-                    f"steps {1000 * windows['with']:.1f} ms with a save, {1000 * windows['without']:.1f} ms without "
-                    f"({more:+.1f}%); load {os.getloadavg()[0]:.1f}"
+                    f"round {number}: held {1000 * held:.0f} ms, committed after {done[-1] - begun:.2f} s, steps "
+                    f"{1000 * step:.1f} ms, {100 * more:+.1f}% around the save, {100 * control:+.1f}% where there is none; "
+                    f"load {os.getloadavg()[0]:.1f}"
                 )
     finally:
         saver.wait()
         shutil.rmtree(scratch, ignore_errors=True)
         torch.set_num_threads(threads)
     return found
+
+
+def _window(matrix: Tensor, products: int) -> list[float]:
+    """The moments at which ten steps ended."""
+    ends = []
+    for _ in range(WINDOW):
+        _step(matrix, products)
+        ends.append(time.perf_counter())
+    return ends
+
+
+def _beyond(moments: list[float], first: int, held: float) -> tuple[float, float]:
+    """(seconds of an undisturbed step, share by which `held` and the `first` steps raise the mean of all)."""
+    seconds = [end - start for start, end in pairwise(moments)]
+    usual = statistics.median(seconds[first:])
+    return usual, (held + sum(seconds[:first]) - first * usual) / (len(seconds) * usual)
 
 
 def _step(matrix: Tensor, products: int) -> None:
@@ -223,14 +239,16 @@ def bench(size: int, folder: Path, rounds: int, steps: bool, step_seconds: float
     record: dict[str, Any] = {"bytes": size, "rounds": rounds, "torch": torch.__version__, "cores": os.cpu_count()}
     if steps:
         found = stall(size, folder, rounds, step_seconds, say)
-        more = statistics.median(a / b - 1 for a, b in zip(found["with"], found["without"], strict=True))
+        middle = {name: statistics.median(values) for name, values in found.items()}
+        low, _, high = statistics.quantiles(found["more"], n=4) if rounds > 1 else 3 * found["more"]
         console.print(
-            f"A save of {size / 2**20:.0f} MiB beside training, medians of {rounds}: held "
-            f"{1000 * statistics.median(found['held']):.0f} ms, committed after {statistics.median(found['saved']):.2f} s; the "
-            f"mean of ten steps of {1000 * statistics.median(found['without']):.0f} ms grows by {100 * more:+.1f}%.",
+            f"A save of {size / 2**20:.0f} MiB beside training, medians of {rounds}: held {1000 * middle['held']:.0f} ms, "
+            f"committed after {middle['saved']:.2f} s; the mean of the ten steps around it, of {1000 * middle['step']:.0f} ms, "
+            f"grows by {100 * middle['more']:+.2f}% (quartiles {100 * low:+.2f}, {100 * high:+.2f}; without a save "
+            f"{100 * middle['control']:+.2f}%).",
             highlight=False,
         )
-        record |= {"stall": found, "slower": more}
+        record |= {"stall": found, "slower": middle["more"]}
     else:
         times, work = saves_and_loads(size, folder, rounds, say)
         table = Table("", "seconds", "GB/s", "processor seconds", box=None, pad_edge=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pretrain.checkpoint.errors import CheckpointError
 
 BLOCK = 4 << 20
 DEPTH = 8  # blocks that may wait to be written: the two threads need not take turns
+READERS = 2  # threads that read and hash
 AHEAD = 32 << 20  # bytes after which the system is told to begin putting them on disk
 _LEVELS = (BLOCK // 8).bit_length() - 1  # bits in the number of a word
 _ROW = 2048
@@ -184,7 +185,10 @@ class HashingWriter:
 
 
 class CheckedReader:
-    """Reads a file of which `sums` is known. Every block that a read touches is checked first."""
+    """Reads a file of which `sums` is known. Every block that a read touches is checked first.
+
+    Two threads read and hash the blocks that a tensor fills, so that the disk does not wait for a hash.
+    """
 
     def __init__(self, path: Path, size: int, sums: bytes, origin: str = "") -> None:
         """size: in bytes, when it was written. origin: who wrote it, for messages. Raises CheckpointError if sizes differ."""
@@ -192,26 +196,33 @@ class CheckedReader:
         self._file = path.open("rb", buffering=0)
         found = os.fstat(self._file.fileno()).st_size
         if found != size:
-            self.close()
+            self._file.close()
             raise CheckpointError(
                 f"{path} has {found} bytes instead of {size}: cut off, or not the file that was written"
             )
         self._block = bytearray(BLOCK)
         self._holds = -1
+        self._pool = ThreadPoolExecutor(READERS, "checkpoint-reader")
 
     def readinto(self, target: memoryview, start: int) -> None:
         """Fills `target` from byte `start` on. Raises CheckpointError naming file, block and kind of damage."""
         at = 0
-        while at < len(target):
-            index, offset = divmod(start + at, BLOCK)
-            count = min(BLOCK - offset, len(target) - at)
-            part = target[at : at + count]
-            if count == self._size_of(index):
-                self._fill(index, part)  # no copy
-            else:
-                self._load(index)
-                part[:] = memoryview(self._block)[offset : offset + count]
-            at += count
+        reads: list[Future[None]] = []
+        try:
+            while at < len(target):
+                index, offset = divmod(start + at, BLOCK)
+                count = min(BLOCK - offset, len(target) - at)
+                part = target[at : at + count]
+                if count == self._size_of(index):
+                    reads.append(self._pool.submit(self._fill, index, part))  # no copy
+                else:
+                    self._load(index)
+                    part[:] = memoryview(self._block)[offset : offset + count]
+                at += count
+        finally:
+            wait(reads)  # whatever happens, nobody writes to `target` after this
+        for read in reads:
+            read.result()
 
     def check(self) -> list[DamagedBlock]:
         """Reads every block; returns those that are damaged."""
@@ -236,10 +247,9 @@ class CheckedReader:
     def _fill(self, index: int, view: memoryview) -> None:
         """Reads a whole block and checks it."""
         start, size = index * BLOCK, len(view)
-        self._file.seek(start)
         done = 0
         while done < size:
-            count = self._file.readinto(view[done:])
+            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
             if not count:
                 raise CheckpointError(f"{self.path} ends at byte {start + done} instead of {self.size}")
             done += count
@@ -251,6 +261,7 @@ class CheckedReader:
             raise DamagedBlock(f"{where} is damaged: {kind}", start, start + size)
 
     def close(self) -> None:
+        self._pool.shutdown(wait=True)
         self._file.close()
 
     def __enter__(self) -> CheckedReader:

@@ -37,6 +37,9 @@ def watched(work: Callable[[], int]) -> int:
     # Blocked before the fork, so that there is no moment at which a signal would be lost, or end either process its own way.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parent = os.getpid()
+    # If torchrun's agent is killed, nobody else would tell its ranks to end.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _when_the_parent_dies(signal.SIGTERM)
     child = os.fork()
     if child:
         return Watcher(child, pulse, stacks).run()
@@ -50,10 +53,7 @@ def watched(work: Callable[[], int]) -> int:
 
 def _set_up(parent: int, pulse: Pulse, stacks: Stacks) -> None:
     """In the training process: never outlive the watcher, answer it, and leave at a signal while there is nothing to save."""
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # where there is no prctl, a watcher that is killed leaves us behind
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _when_the_parent_dies(signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before that
         os._exit(PREEMPTED)
     stacks.register()
@@ -63,6 +63,12 @@ def _set_up(parent: int, pulse: Pulse, stacks: Stacks) -> None:
         signal.signal(number, _leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     heartbeat.phase("start")
+
+
+def _when_the_parent_dies(number: int) -> None:
+    """This process then gets the signal. Where there is no prctl, whose parent is killed is left behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -69,8 +69,13 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "the training process outlives its watcher",
-        START, "ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)", "pass",
+        START, "    _when_the_parent_dies(signal.SIGKILL)\n", "",
         ENDS + "test_a_watcher_that_is_killed_takes_the_training_process_along",
+    ),
+    (
+        "the ranks outlive a torchrun that is killed",
+        START, "_when_the_parent_dies(signal.SIGTERM)", "pass",
+        ENDS + "test_torchrun_killed_together_with_its_supervisor_leaves_no_ranks",
     ),
     (
         "a kill passes for an error",

@@ -35,6 +35,7 @@ ROWS: dict[int, Row] = {
         "kill -9 of all ranks, of the watcher, of torchrun, of the supervisor: no orphans",
         (
             f"{WATCH}/test_ends.py::test_a_watcher_that_is_killed_takes_the_training_process_along",
+            f"{WATCH}/test_ends.py::test_torchrun_killed_together_with_its_supervisor_leaves_no_ranks",
             f"{LAUNCH}/test_kills.py::test_kill_9_of_the_supervisor_ends_all_below_it_after_a_save",
             f"{TRAIN}/test_near.py::test_killed_and_resumed_from_near_memory_equals_uninterrupted",
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.__main__ import main
-from pretrain.checkpoint.bench import ratios
+from pretrain.checkpoint.bench import _beyond, ratios
 
 
 def test_saves_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,8 +31,17 @@ def test_ratios_are_medians_of_pairs() -> None:
 
 def test_steps_beside_a_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
-    small = ["--size", "1MiB", "--rounds", "2", "--step-seconds", "0.002"]
+    small = ["--size", "1MiB", "--rounds", "2", "--step-seconds", "0.05"]
     assert main(["bench", "--steps", *small, "--folder", str(tmp_path / "disk"), "--json", str(out)]) == 0
     stall = json.loads(out.read_text())["stall"]
-    assert {name: len(values) for name, values in stall.items()} == {"held": 2, "saved": 2, "with": 2, "without": 2}
-    assert "the mean of ten steps of" in capsys.readouterr().out and list((tmp_path / "disk").iterdir()) == []
+    kinds = ("held", "saved", "step", "more", "control")
+    assert {name: len(values) for name, values in stall.items()} == dict.fromkeys(kinds, 2)
+    assert (
+        "the mean of the ten steps around it" in capsys.readouterr().out and list((tmp_path / "disk").iterdir()) == []
+    )
+
+
+def test_what_a_save_costs_is_what_it_takes_beyond_the_undisturbed_steps() -> None:
+    ends = [0.0, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5, 10.5]
+    step, more = _beyond(ends, 1, 0.25)
+    assert step == 1.0 and more == pytest.approx((0.25 + 0.5) / 10)

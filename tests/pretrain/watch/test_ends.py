@@ -82,6 +82,36 @@ def test_a_watcher_that_is_killed_takes_the_training_process_along(corpus: Path,
     until(lambda: gone(child), timeout=10)
 
 
+RANK = """
+import pathlib, signal, sys, time
+from pretrain.watch.start import watched
+
+def work():
+    folder = pathlib.Path(sys.argv[1])
+    signal.signal(signal.SIGTERM, lambda *_: (folder / "saved").touch() or sys.exit(75))
+    (folder / "pid").write_text(str(__import__("os").getpid()))
+    time.sleep(60)
+
+sys.exit(watched(work))
+"""
+
+
+def test_torchrun_killed_together_with_its_supervisor_leaves_no_ranks(tmp_path: Path) -> None:
+    # Its agent is a process between the two: it starts a rank, says which, and is killed.
+    agent = "import subprocess, sys; print(subprocess.Popen([sys.executable, *sys.argv[1:]]).pid, flush=True); input()"
+    command = [sys.executable, "-c", agent, "-c", RANK, str(tmp_path)]
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "run", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout is not None
+        watcher = int(started.stdout.readline())
+        until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+        started.kill()
+    until(lambda: gone(watcher) and gone(int((tmp_path / "pid").read_text())), timeout=20)
+    assert (tmp_path / "saved").exists()  # it was asked, not killed
+
+
 def test_ctrl_c_and_the_progress_bar_in_a_terminal(corpus: Path, tmp_path: Path, start: Jobs) -> None:
     ours, theirs = pty.openpty()
     job = start(1, arguments(tmp_path, corpus, "train.steps=100000"), [At("step", 4)], terminal=os.ttyname(theirs))
