@@ -1,7 +1,7 @@
 """A chip, by its file in configs/hardware/: how fast it is, and which environment suits its drivers and collectives.
 
-How fast it is nominally; what a short matrix product measures is below. torch is imported only by what needs it: scripts read
-these files before a job starts.
+How fast it is nominally and, once `python -m kernels.bench hardware --write` has run there, as measured. torch is imported only
+by what needs it: scripts read these files before a job starts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import yaml
 from pydantic import Field, field_validator
 
 from parallel.config import Strict
+from parallel.fabric.topology import Fabric
+from pretrain.estimate.measured import Measured
 from pretrain.exit import USAGE, Exit
 
 if TYPE_CHECKING:
@@ -35,8 +37,12 @@ class Hardware(Strict):
     memory_gib: float = Field(gt=0)
     memory_bandwidth_gbs: float = Field(gt=0)
     """GB/s (1e9 bytes)."""
+    fabric: Fabric | None = None
+    """What joins these chips in a node and between nodes, as it is usually built; a cluster of another kind: change it here."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables for NCCL or RCCL and the driver, set by launch/slurm.sh, or by hand: see launch/environment_of.py."""
+    measured: Measured | None = None
+    """What such a chip reached; written by `python -m kernels.bench hardware --write`."""
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -82,6 +88,31 @@ def named(name: str) -> Hardware | None:
         if any(part.lower() in name.lower() for part in hardware.match):
             return hardware
     return None
+
+
+def ceiling(chip: Hardware | None, device: torch.device, precision: str) -> tuple[float, str | None]:
+    """FLOP/s that products of "bf16" or "fp32" reach on this device: as the chip's file has it, else measured now.
+
+    The second is None, or why a file's measurement does not hold here: it was taken on another device, or on a CPU with
+    another number of threads.
+    """
+    measured = chip.measured if chip is not None else None
+    found = measured.peak(precision) if measured is not None else None
+    if measured is None or found is None:
+        return measured_peak(device, precision), None
+    here, threads = _identity(device)
+    if (measured.device, measured.threads) == (here, threads):
+        return found, None
+    there = measured.device + (f" with {measured.threads} threads" if measured.threads else "")
+    this = here + (f" with {threads} threads" if threads else "")
+    return measured_peak(device, precision), f"the measured ceilings are of {there}, this is {this}: measured anew"
+
+
+def _identity(device: torch.device) -> tuple[str, int | None]:
+    """(name, threads) of a device, as the benchmark writes them."""
+    from kernels.benching.hardware.machine import identity
+
+    return identity(device)
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
