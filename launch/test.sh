@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the environment, then: format, lint, types, floors, tests. Arguments go to pytest.
 #
-#   bash launch/test.sh                       everything that CI runs
-#   bash launch/test.sh --campaign            the long campaigns too
+#   bash launch/test.sh                       everything that CI runs, in as many processes as there are cores (at most 8)
+#   bash launch/test.sh -n 0 --campaign       the long campaigns too, one after the other: some of them measure
 #   bash launch/test.sh tests/kernels -k delta
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,4 +20,6 @@ step "format" "$PYTHON" -m ruff format --check .
 step "lint" "$PYTHON" -m ruff check .
 step "types" "$PYTHON" -m mypy
 step "floors" "$PYTHON" -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command([]))'
-step "tests" "$PYTHON" -m pytest "$@"
+workers=$(($(nproc) < 8 ? $(nproc) : 8))
+# A file's tests stay together and in order (they share what is slow to make); tests/conftest.py puts the longest files first.
+step "tests" "$PYTHON" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

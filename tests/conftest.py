@@ -20,11 +20,32 @@ for _key, _value in QUIET.items():
     os.environ.setdefault(_key, _value)
 
 
+# These take minutes each. Begun first, they do not leave one process busy when the others have nothing left to do.
+LONGEST = (
+    "tests/test_readme.py",
+    "tests/pretrain/test_main.py",
+    "tests/pretrain/train/test_engines.py",
+    "tests/pretrain/model/test_families.py",
+    "tests/faults/",
+    "tests/parallel/test_deepspeed.py",
+    "tests/pretrain/test_verify_resume.py",
+    "tests/launch/",
+    "tests/pretrain/test_equivalence.py",
+    "tests/pretrain/train/",
+    "tests/pretrain/watch/",
+    "tests/parallel/",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="also run the tests marked campaign (long)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("numprocesses", None):
+        items.sort(
+            key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+        )
     if not config.getoption("--campaign"):
         for item in items:
             if item.get_closest_marker("campaign"):

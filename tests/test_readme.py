@@ -67,14 +67,21 @@ def test_python(block: str, checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_quickstart(checkout: Path) -> None:
-    """The promise of the page's first command: a killed and resumed run, fewer bits per byte than gzip and xz, a sample."""
+@pytest.mark.parametrize(
+    "overrides", [["train.steps=400"], pytest.param([], marks=pytest.mark.campaign)], ids=["two fifths", "whole"]
+)
+def test_quickstart(overrides: list[str], checkout: Path) -> None:
+    """The promise of the page's first command: a killed and resumed run, fewer bits per byte than gzip and xz, a sample.
+
+    Two fifths of its steps are enough to be better than gzip.
+    """
     assert QUICKSTART in SHELL
+    shutil.rmtree(checkout / "runs/quickstart", ignore_errors=True)
     environment = {
         key: value for key, value in os.environ.items() if key not in QUIET
     }  # as a person's shell: all cores
     done = subprocess.run(
-        ["bash", "launch/quickstart.sh"],
+        ["bash", "launch/quickstart.sh", *overrides],
         cwd=checkout,
         env=environment,
         capture_output=True,
@@ -89,7 +96,7 @@ def test_quickstart(checkout: Path) -> None:
         name: float(value)
         for name, value in re.findall(r"^  (gzip -9|xz -9|this model) +([\d.]+)", out, flags=re.MULTILINE)
     }
-    assert bits["this model"] < bits["xz -9"] < bits["gzip -9"]
+    assert bits["this model"] < bits["gzip -9" if overrides else "xz -9"]
     assert (checkout / "runs/quickstart/loss.png").exists()
 
 

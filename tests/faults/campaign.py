@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,19 +37,28 @@ EXAMPLES = """examples:
 Exit codes: 0 everything passed, 1 something did not, 2 bad usage."""
 
 
+def counted(count: int, what: str, console: Console) -> Iterator[int]:
+    """0 to count - 1, with a bar in a terminal and now and then a line in a log."""
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as progress:
+            yield from progress.track(range(count), description=what)
+        return
+    for number in range(count):
+        yield number
+        if (number + 1) % 20 == 0:
+            console.print(f"{what}: {number + 1} of {count}", highlight=False)
+
+
 def kills(trials: Trials, count: int, seed: int, layouts: list[str] | None, console: Console) -> list[Outcome]:
     """Runs `count` trials; failures are printed as they come, with what repeats them."""
     generator = random.Random(seed)
     outcomes = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("kill trials", total=count)
-        for number in range(count):
-            kill = draw(generator, layouts)
-            outcome = trials.trial(kill)
-            outcomes.append(outcome)
-            for fault in outcome.faults:
-                console.print(f"[red]trial {number} of seed {seed}[/]: {kill}: {fault}", highlight=False)
-            progress.advance(task)
+    for number in counted(count, "kill trials", console):
+        kill = draw(generator, layouts)
+        outcome = trials.trial(kill)
+        outcomes.append(outcome)
+        for fault in outcome.faults:
+            console.print(f"[red]trial {number} of seed {seed}[/]: {kill}: {fault}", highlight=False)
     return outcomes
 
 
@@ -56,12 +66,11 @@ def reshapes(trials: Reshapes, count: int, seed: int, console: Console) -> bool:
     """Runs `count` of them; failures are printed. Returns whether there was none."""
     generator = random.Random(seed)
     passed = 0
-    with Progress(console=console, transient=True) as progress:
-        for _ in progress.track(range(count), description="changes of layout"):
-            what, faults = trials.trial(generator)
-            passed += not faults
-            for fault in faults:
-                console.print(f"[red]{what}[/]: {fault}", highlight=False)
+    for _ in counted(count, "changes of layout", console):
+        what, faults = trials.trial(generator)
+        passed += not faults
+        for fault in faults:
+            console.print(f"[red]{what}[/]: {fault}", highlight=False)
     console.print(f"{count} runs that changed ranks, axes and engine twice: {passed} trained like one rank")
     return passed == count
 

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.pretrain.train.small_run import SETTINGS
 
-STEPS = 150
+STEPS = 80
 CUT = 12  # the step after which the cable is pulled
 
 

@@ -30,7 +30,7 @@ def text() -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_learns_real_text_in_bf16(family: str, text: torch.Tensor) -> None:
-    """200 steps bring the loss below what the bytes' frequencies alone would give, without one NaN on the way."""
+    """Within 200 steps the loss is below what the bytes' frequencies alone would give, without one NaN on the way."""
     share = torch.bincount(text, minlength=256).double() / len(text)
     frequencies = -(share * share.clamp(min=1e-30).log()).sum().item()  # 3.2 nats
     model = build(family).train()
@@ -52,8 +52,10 @@ def test_learns_real_text_in_bf16(family: str, text: torch.Tensor) -> None:
         for router in model.routers().values():
             router.rebalance(router.load.clone())
         losses.append(loss.item())
+        if step >= 30 and sum(losses[-30:]) / 30 < frequencies - 0.2:
+            break
     start, end = sum(losses[:5]) / 5, sum(losses[-30:]) / 30
-    print(f"{family}: {start:.2f} -> {end:.2f} nats a byte")
+    print(f"{family}: {start:.2f} -> {end:.2f} nats a byte after {len(losses)} steps")
     assert start > 5.0 and end < frequencies - 0.2, f"{start:.2f} -> {end:.2f}, frequencies {frequencies:.2f}"
 
 
