@@ -126,7 +126,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError, one line a fault: the field, its value, what is allowed, and the nearest valid key.
     """
-    raw = read_yaml(path)
+    return resolve(read_yaml(path), path, overrides)
+
+
+def resolve(raw: dict[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load`, for what has been read already (and is changed here). path: where it comes from, for messages."""
     # A model (its file or all of it) may be given in the run file or on the command line; other overrides then change it.
     named = [override for override in overrides if override.startswith("model=")]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,10 +15,15 @@ def cut(costs: Sequence[float], stages: int, first_extra: float = 0.0, last_extr
     loss). Among equally good cuts, the one with the smallest sum of squared costs. Every stage gets a layer, but where there is
     an extra the first or the last may do with that alone. Raises ValueError when there are too few layers.
     """
+    return list(_cut(tuple(costs), stages, first_extra, last_extra))
+
+
+@functools.lru_cache(maxsize=256)  # who compares layouts asks the same many times
+def _cut(costs: tuple[float, ...], stages: int, first_extra: float, last_extra: float) -> tuple[range, ...]:
     if stages < 1 or stages == 1:
         if stages < 1:
             raise ValueError(f"{stages} stages: at least one is needed")
-        return [range(len(costs))]
+        return (range(len(costs)),)
     fewest = stages - (first_extra > 0) - (last_extra > 0)
     if len(costs) < fewest:
         raise ValueError(
@@ -35,7 +41,7 @@ def cut(costs: Sequence[float], stages: int, first_extra: float = 0.0, last_extr
     dearest, _ = _best(len(costs), stages, cost, max)
     limit = dearest * (1 + 1e-9)  # sums of floats in another order
     _, ends = _best(len(costs), stages, cost, lambda total, c: total + c * c if c <= limit else math.inf)
-    return [range(start, stop) for start, stop in itertools.pairwise([0, *ends])]
+    return tuple(itertools.starmap(range, itertools.pairwise([0, *ends])))
 
 
 def _best(

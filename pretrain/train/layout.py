@@ -25,21 +25,25 @@ def check(config: RunConfig, world: int) -> Grid:
     """
     try:
         grid = config.mesh.grid(world)
-        _check_engine(config, grid)
         check_batch(config, grid)
         vocabulary = config.model.vocabulary or 64 * grid.tp  # what the tokenizer's size is rounded to fits as well
-        model = empty(config.model.model_copy(update={"vocabulary": vocabulary}))
-        length = config.data.sequence_length * config.train.micro_batch
-        if grid.pp > 1:
-            _check_pipeline(config, model, grid)
-        check_tensor(model, grid.tp, length, grid.cp)
-        check_experts(model, grid.ep, grid.tp, grid.expert_tensor)
-        check_context(model, grid.cp, length)
+        check_model(config, grid, empty(config.model.model_copy(update={"vocabulary": vocabulary})))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return grid
+
+
+def check_model(config: RunConfig, grid: Grid, model: Decoder) -> None:
+    """What `check` asks after the batch. model: the whole one, on the meta device perhaps. Raises ValueError."""
+    _check_engine(config, grid)
+    length = config.data.sequence_length * config.train.micro_batch
+    if grid.pp > 1:
+        _check_pipeline(config, model, grid)
+    check_tensor(model, grid.tp, length, grid.cp)
+    check_experts(model, grid.ep, grid.tp, grid.expert_tensor)
+    check_context(model, grid.cp, length)
 
 
 def _check_engine(config: RunConfig, grid: Grid) -> None:
