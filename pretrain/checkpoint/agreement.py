@@ -10,14 +10,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from pretrain.checkpoint.errors import CheckpointError, LeaseHeld, NoLoadableCheckpoint
 
 T = TypeVar("T")
+DISK = timedelta(minutes=30)  # for which ranks wait while another one writes
 
 # Errors whose type tells the caller what to do; they cross ranks as themselves. All others become CheckpointError.
 _KINDS: dict[str, type[Exception]] = {
@@ -33,13 +36,15 @@ class Agreement:
 
     group: a process group that can carry Python objects from host memory (gloo). None: a new gloo group over all ranks
     is made, which is a collective call. It is apart from the training group on purpose: a save that runs beside
-    training must never meet a training collective.
+    training must never meet a training collective. timeout: how long to wait for the others then. What the group does later
+    waits for disks, and has half an hour.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: timedelta = DISK) -> None:
         self.distributed = dist.is_available() and dist.is_initialized()
         if self.distributed and group is None:
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            _set_pg_timeout(DISK, group)
         self.group = group
         self.rank = dist.get_rank(group) if self.distributed else 0
         self.world = dist.get_world_size(group) if self.distributed else 1

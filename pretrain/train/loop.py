@@ -46,7 +46,7 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
         heartbeat.phase("rendezvous")
         job = or_usage(lambda: processes.join(config.train.device, config.train.timeout, group_for_one=alone))
         try:
-            agreement = Agreement()
+            agreement = Agreement(timeout=job.timeout)
             heartbeat.joined(agreement)
             with Lease(config.run, agreement=agreement):
                 loop = Loop(assemble(config, job, agreement), [Arm(signals), *extra], lambda: signals.flag)

@@ -194,9 +194,13 @@ class Trials:
         expected, tensors, seconds = self.reference(kill.layout)
         self.number += 1
         run = self.folder / f"trial {self.number}"
-        results = run_ranks(
-            killed_on_rank, world, run, self.corpus, overrides, kill, seconds, may_die=kill.victims, preload=PRELOAD
-        )
+        try:
+            results = run_ranks(
+                killed_on_rank, world, run, self.corpus, overrides, kill, seconds, may_die=kill.victims, preload=PRELOAD
+            )
+        except RanksFailed as error:
+            outcome.faults.append(f"the survivors did not leave: {str(error).splitlines()[0]}")
+            return outcome
         outcome.happened = any(isinstance(result, Died) for result in results)
         survivors = [result for result in results if not isinstance(result, Died)]
         if outcome.happened and survivors:
