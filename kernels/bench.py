@@ -7,6 +7,8 @@
     python -m kernels.bench --explain --device cuda            which form would serve each request, and why not another
     python -m kernels.bench --check                            every form against its fp64 reference; 1 if one is off
     python -m kernels.bench delta_rule --tune                  search launch parameters here, write kernels/tuning
+    python -m kernels.bench hardware                           what the chip does at best: has options of its own, see
+                                                               python -m kernels.bench hardware --help
 
 All contenders of a workload run in one process in turn (A, B, C, A, B, C), so that load and clocks fall on all alike; printed
 are the median, half the distance of the quartiles, and "times ours": how many times longer than the first of our forms, taken
@@ -36,7 +38,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["hardware"]:
+        from kernels.benching.hardware import command
+
+        return command.main(words[1:])
+    options = _parse(words)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.explain:
@@ -78,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench",
@@ -108,6 +115,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     task.add_argument("--check", action="store_true", help="compare every form with its reference in fp64")
     task.add_argument("--tune", action="store_true", help="search launch parameters and write the tuning table")
     options = parser.parse_args(arguments)
+    if "hardware" in options.op:
+        parser.error("hardware is a command of its own: python -m kernels.bench hardware [options]")
     try:
         options.workloads = chosen(options.op)
         options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

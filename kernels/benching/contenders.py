@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.benching import dense
 from kernels.benching.workloads import Inputs, Shape, Workload
 from kernels.dispatch import VARIABLE, Request, explain
 from kernels.offline.choice import requested
@@ -257,4 +258,8 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     "rms_norm": (_torch("rms_norm", _rms),),
     "gated_rms_norm": (_torch("rms_norm * silu", _gated_rms),),
+    "attention": (_torch("sdpa", dense.sdpa), _torch("softmax(q k) v", dense.written_out)),
+    "sliding_attention": (_torch("sdpa, masked", dense.sdpa), _torch("softmax(q k) v", dense.written_out)),
+    "experts": (_torch("a loop over experts", dense.expert_loop), _torch("grouped_mm", dense.grouped)),
+    "linear_cross_entropy": (_torch("all logits", dense.all_logits),),
 }

@@ -23,7 +23,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     load = os.getloadavg()
     return {
         "machine": platform.node(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": [round(value, 2) for value in load],
@@ -64,7 +64,7 @@ def commit() -> str:
     return name + ("+" if changed else "")
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -93,10 +93,12 @@ class Loop:
         self.memory = psutil.Process()
 
     def begin(self) -> None:
-        self.nominal, self.measured = _peaks(self.run)
+        self.nominal, self.measured, objection = _peaks(self.run)
         for callback in self.callbacks:
             callback.on_start(self.run)
         _announce(self.run, self.parts, self.progress)
+        if objection is not None:
+            self.progress.say(objection)
         for line in (self.replica_check.scope, self.guard.scope):
             if line is not None:
                 self.progress.say(line)
@@ -188,11 +190,13 @@ def _announce(run: Run, parts: Assembled, progress: Progress) -> None:
     progress.say(f"resumed after step {run.step}" if parts.resumed else start)
 
 
-def _peaks(run: Run) -> tuple[float | None, float]:
-    """(nominal, measured) FLOP/s of this rank's device."""
+def _peaks(run: Run) -> tuple[float | None, float, str | None]:
+    """(nominal, measured) FLOP/s of this rank's device, and why the hardware file's measurement was not used, if it was not."""
     device, precision = run.processes.device, run.config.train.precision
     chip = hardware.read(run.config.hardware) if run.config.hardware else hardware.detect(device)
-    return (chip.peak(precision) if chip else None), hardware.measured_peak(device, precision)
+    measured, objection = hardware.ceiling(chip, device, precision)
+    nominal = chip.peak(precision) if chip else None
+    return nominal, measured, objection and f"mfu_measured: {run.config.hardware or 'the hardware file'}: {objection}"
 
 
 def _flops(model: Decoder, batches: Sequence[Batch]) -> float:
