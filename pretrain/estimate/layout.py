@@ -6,44 +6,67 @@ from parallel.grid import Grid
 from pretrain.config import RunConfig
 from pretrain.estimate.costs import Collective, Matmul, RankCosts, StageCosts
 from pretrain.estimate.flops import mean_context
-from pretrain.estimate.model import ModelCosts
+from pretrain.estimate.model import ModelCosts, Way
+from pretrain.estimate.parameters import Cutting
+from pretrain.estimate.pipeline import bubble, in_flight
+from pretrain.estimate.stage import Held, Setting, costs
 
 __all__ = ["Collective", "Matmul", "RankCosts", "StageCosts", "rank_costs"]
 
 
 def rank_costs(model: ModelCosts, config: RunConfig, grid: Grid, ranks_per_node: int = 8) -> RankCosts:
-    """The costs of a step of `config` on `grid`. Sizes must fit (pretrain/train/layout.py checks that); nothing is checked here."""
+    """The costs of a step of `config` on `grid`. Sizes must fit, which pretrain/train/layout.py checks.
+
+    Memory is that of a GPU, where operators take other forms than on a CPU, unless train.device is cpu. All is arithmetic, except
+    in the first call with a new cut of the layers (mesh.tp, mesh.ep, sequence length, precision, recomputation): it follows each
+    kind of layer once.
+    """
     length = config.data.sequence_length
-    tokens = config.train.micro_batch * length // grid.cp
-    micro_batches = config.train.batch // (grid.dp * config.train.micro_batch)
-    flops = 3.0 * model.flops_per_token(mean_context([length])) * tokens * micro_batches / (grid.tp * grid.pp)
-    held = model.parameters // (grid.tp * grid.pp)
-    shard = grid.size("shard_cp")
-    ranks = grid.size("shard_cp")
-    gather = Collective(
-        "shard_cp", "all_gather", "parameters", 4.0 * held, 1.0, ranks, min(ranks, ranks_per_node), True
+    setting = Setting(
+        model=model,
+        config=config,
+        grid=grid,
+        way=Way(
+            Cutting.of(grid), config.train.recompute, config.train.precision == "bf16", config.train.device != "cpu"
+        ),
+        tokens=config.train.micro_batch * length // grid.cp,
+        micro_batches=config.train.batch // (grid.dp * config.train.micro_batch),
+        context=mean_context([length]),
+        ranks_per_node=ranks_per_node,
     )
-    scatter = Collective(
-        "shard_cp", "reduce_scatter", "gradients", 4.0 * held, 1.0, ranks, min(ranks, ranks_per_node), True
-    )
-    each = 4.0 * held / shard
-    collectives = (gather, scatter) if ranks > 1 else ()
-    stage = StageCosts(
-        tuple(range(len(model.layers))),
-        held // shard,
-        each,
-        each,
-        2 * each,
-        0.0,
-        0.0,
-        4 * each,
-        flops,
-        0.0,
-        (),
-        collectives,
-    )
-    bubble = (grid.pp - 1) / (micro_batches + grid.pp - 1)
+    stages = _stages(setting)
+    worst = max(stages, key=lambda stage: stage.peak)
+    busiest = max(stages, key=lambda stage: stage.flops)
     return RankCosts(
-        held // shard, each, each, 2 * each, 0.0, 0.0, 4 * each, flops, 0.0, (), collectives, bubble, (stage,) * grid.pp,
-        micro_batches, tokens,
-    )  # fmt: skip
+        parameters=worst.parameters,
+        weights=worst.weights,
+        gradients=worst.gradients,
+        optimizer=worst.optimizer,
+        activations=worst.activations,
+        buffers=worst.buffers,
+        peak=worst.peak,
+        flops=busiest.flops,
+        recomputed=busiest.recomputed,
+        matmuls=busiest.matmuls,
+        collectives=busiest.collectives,
+        bubble=bubble(config.mesh, setting.micro_batches) if grid.pp > 1 else 0.0,
+        stages=stages,
+        micro_batches=setting.micro_batches,
+        tokens=setting.tokens,
+    )
+
+
+def _stages(setting: Setting) -> tuple[StageCosts, ...]:
+    layers = setting.model.layers
+    if setting.grid.pp == 1:
+        return (costs(setting, [Held(layers, 0, 1, 0)], [1]),)
+    plan = setting.model.plan(setting.config, setting.grid)
+    held = [Held(layers[own.start : own.stop], i, plan.stages, own.start) for i, own in enumerate(plan.layers)]
+    return tuple(
+        costs(
+            setting,
+            [held[i] for i in plan.held_by(rank)],
+            in_flight(setting.config.mesh, rank, setting.micro_batches),
+        )
+        for rank in range(plan.ranks)
+    )

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
-
-import torch
+from collections.abc import Iterator
+from itertools import groupby
 
 from parallel.drawing import line
 from parallel.grid import Grid
 from pretrain.config import ConfigError, RunConfig
 from pretrain.data.store import Corpus
-from pretrain.estimate.flops import mean_context, training_flops_per_token
-from pretrain.model.decoder import Decoder
-from pretrain.model.ffns.routed import RoutedFFN
-from pretrain.train.build import build_model, or_usage, with_vocabulary
-from pretrain.train.layout import check_batch
+from pretrain.estimate.flops import mean_context
+from pretrain.estimate.layout import Collective, RankCosts, rank_costs
+from pretrain.estimate.model import ModelCosts
+from pretrain.train.build import or_usage, with_vocabulary
+from pretrain.train.layout import check_batch, check_model
 from pretrain.train.progress import human
 
 GIB = 2**30
+NAME = 22  # columns of a row's name
+
+Row = tuple[str, str]
 
 
 def report(config: RunConfig) -> str:
-    """Parameters, FLOPs and bytes of a run on as many ranks as its mesh asks for.
+    """Parameters, FLOPs, bytes and messages of a run on as many ranks as its mesh asks for.
 
-    Without mesh.dp: on those of the environment (WORLD_SIZE), or the fewest that the mesh allows.
+    Without mesh.dp: on those of the environment (WORLD_SIZE), or the fewest that the mesh allows. Raises ConfigError for what
+    such a run would refuse.
     """
     if config.model.vocabulary is None:
         try:
@@ -32,63 +36,104 @@ def report(config: RunConfig) -> str:
             )
         except Exception as error:
             raise ConfigError(f"{error} (or set model.vocabulary to estimate without data)") from None
-    with torch.device("meta"):
-        model = build_model(config)
+    model = ModelCosts.of(config)
     world = int(os.environ.get("WORLD_SIZE", 0)) or None
     grid = or_usage(lambda: config.mesh.grid(world if config.mesh.dp is None else None))
     check_batch(config, grid)
-    return "\n".join(f"{name:<22}{value}" for name, value in _rows(config, model, grid))
+    or_usage(lambda: check_model(config, grid, model.model))
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(8, grid.world)
+    costs = or_usage(lambda: rank_costs(model, config, grid, node))
+    rows = [*_model(config, model), *_job(config, model, grid), *_memory(config, grid, costs), *_work(costs)]
+    return "\n".join([f"{name:<{NAME}}{value}" for name, value in rows] + _messages(costs, node))
 
 
-def _rows(config: RunConfig, model: Decoder, grid: Grid) -> list[tuple[str, str]]:
-    total = sum(parameter.numel() for parameter in model.parameters())
+def _model(config: RunConfig, model: ModelCosts) -> Iterator[Row]:
+    runs = [(name, len(list(same))) for name, same in groupby(str(layer) for layer in config.model.pattern())]
+    shown = ", ".join(name if count == 1 else f"{name} x{count}" for name, count in runs)
+    yield "layers", f"{len(model.layers)}: {shown}"
+    yield "parameters", f"{human(model.parameters)}, {human(model.active)} active per token"
+    yield "without embeddings", f"{human(model.parameters - model.embeddings)}, {human(_inner(model))} active per token"
+    yield "vocabulary", f"{model.vocabulary}"
+
+
+def _inner(model: ModelCosts) -> int:
+    return model.active - model.embeddings
+
+
+def _job(config: RunConfig, model: ModelCosts, grid: Grid) -> Iterator[Row]:
     length = config.data.sequence_length
     tokens = config.train.batch * length
-    per_token = training_flops_per_token(model, mean_context([length]))
-    sharded = _sharded_bytes(config, model, grid)
-    return [
-        ("layers", f"{len(model.blocks)}: {', '.join(str(layer) for layer in config.model.pattern())}"),
-        ("parameters", f"{human(total)}, {human(model.active_parameters())} active per token"),
-        ("vocabulary", f"{model.embedding.num_embeddings}"),
-        ("ranks", f"{grid.world}, {config.engine.kind} engine" + (f": {line(grid)}" if grid.world > grid.dp else "")),
-        ("tokens a step", f"{human(tokens)} ({config.train.batch} sequences of {length})"),
-        ("tokens in all", human(tokens * config.train.steps)),
-        ("FLOPs a token", f"{human(per_token)} (forward and backward)"),
-        ("FLOPs in all", human(per_token * tokens * config.train.steps)),
-        (
-            "memory a rank",
-            f"{sharded / GIB:.3f} GiB for parameters, gradients and optimizer state (activations not counted)",
-        ),
+    per_token = 3.0 * model.flops_per_token(mean_context([length]))
+    drawn = f": {line(grid)}" if grid.world > grid.dp else ""
+    yield "ranks", f"{grid.world}, {config.engine.kind} engine{drawn}"
+    yield "tokens a step", f"{human(tokens)} ({config.train.batch} sequences of {length})"
+    yield "tokens in all", human(tokens * config.train.steps)
+    yield "FLOPs a token", f"{human(per_token)} (forward and backward)"
+    yield "FLOPs in all", human(per_token * tokens * config.train.steps)
+
+
+def _memory(config: RunConfig, grid: Grid, costs: RankCosts) -> Iterator[Row]:
+    worst = ""
+    if grid.pp > 1:
+        number = max(range(len(costs.stages)), key=lambda i: costs.stages[i].peak)
+        worst = f", on pipeline rank {number}, which needs most"
+    device = "a CPU" if config.train.device == "cpu" else "a GPU"
+    yield "memory a rank", f"{_gib(costs.peak)} at the peak{worst}, with the operators of {device}"
+    yield "  weights", f"{_gib(costs.weights)} ({human(costs.parameters)} parameters in fp32)"
+    yield "  gradients", _gib(costs.gradients)
+    yield "  optimizer", _gib(costs.optimizer)
+    how = {"none": "no recomputation", "full": "full recomputation", "selective": "selective recomputation"}
+    per = f"micro-batch of {costs.tokens} tokens, {how[config.train.recompute]}"
+    yield "  activations", f"{_gib(costs.activations)} ({per})"
+    yield "  buffers", f"{_gib(costs.buffers)} (gathered parameters and gradients on their way)"
+
+
+def _work(costs: RankCosts) -> Iterator[Row]:
+    again = f", and {human(costs.recomputed)} recomputed" if costs.recomputed else ""
+    yield "work a rank and step", f"{human(costs.flops)} FLOPs{again}, in {costs.micro_batches} micro-batch(es)"
+    if costs.bubble or len(costs.stages) > 1:
+        yield "pipeline bubble", f"{100 * costs.bubble:.1f} % of a step"
+        yield "layers of each stage", ", ".join(str(len(stage.layers)) for stage in costs.stages)
+
+
+def _messages(costs: RankCosts, node: int) -> list[str]:
+    """A table: the messages of a rank in a step, largest first within an axis."""
+    if not costs.collectives:
+        return []
+    rows = [("axis", "op", "of", "calls", "bytes a call", "bytes a step", "ranks")]
+    axes = list(dict.fromkeys(collective.axis for collective in costs.collectives))
+    for axis in axes:
+        own = [collective for collective in costs.collectives if collective.axis == axis]
+        for collective in sorted(own, key=lambda c: -c.total):
+            rows.append(_row(collective))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0, 1, 2}
+    lines = [
+        "  " + "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
     ]
+    total = sum(collective.total for collective in costs.collectives)
+    head = f"{'messages of a rank':<{NAME}}{_bytes(total)} a step ({node} ranks a node; loads of experts taken as even)"
+    return [head, *(text.rstrip() for text in lines)]
 
 
-def _sharded_bytes(config: RunConfig, model: Decoder, grid: Grid) -> float:
-    """Bytes a rank for fp32 parameters (4), gradients (4) and two AdamW moments (8), as the engine spreads them.
-
-    Counts every matrix as cut evenly over tp and the layers over pp; what stays whole (norms, routers) is small.
-    """
-    routed = sum(m.gate_up.numel() + m.down.numel() for m in model.modules() if isinstance(m, RoutedFFN))
-    other = sum(parameter.numel() for parameter in model.parameters()) - routed
-    # Of each kind: what a rank and those that hold the same have between them, and over how many it is sharded.
-    held = other / (grid.pp * grid.tp), grid.size("shard_cp")
-    held_experts = routed / (grid.pp * grid.ep * (grid.tp if grid.expert_tensor else 1)), grid.size("edp")
-    return sum(_bytes(config, grid, parameters, ranks) for parameters, ranks in (held, held_experts))
+def _row(collective: Collective) -> tuple[str, ...]:
+    ranks = str(collective.ranks)
+    if collective.ranks_in_node < collective.ranks:
+        ranks += f" ({collective.ranks_in_node} a node)"
+    calls = f"{collective.calls:g}"
+    total = _bytes(collective.total)
+    return collective.axis, collective.op, collective.what, calls, _bytes(collective.bytes), total, ranks
 
 
-def _bytes(config: RunConfig, grid: Grid, parameters: float, ranks: int) -> float:
-    """Bytes a rank for `parameters` that `ranks` ranks shard."""
-    if config.engine.kind == "torch":
-        accumulates = (
-            config.train.batch > grid.dp * config.train.micro_batch and not config.engine.reduce_each_micro_batch
-        )
-        gradients = 4.0 if accumulates and ranks > 1 else 4.0 / ranks  # whole ones stay until the last micro-batch
-        return parameters * (12.0 / ranks + gradients)
-    # Up to stage 2, ZeRO keeps whole parameters on every rank, besides its share of the fp32 copy and of the moments.
-    gradients = 4.0 if config.engine.stage == 1 else 4.0 / ranks
-    whole = 4.0 if config.engine.stage < 3 else 4.0 / ranks
-    state = 12.0 / ranks
-    if (
-        config.engine.offload != "none"
-    ):  # then these are in the host's memory, and so are the gradients that wait for them
-        gradients = state = 0.0
-    return parameters * ((0.0 if config.engine.offload == "parameters" else whole) + gradients + state)
+def _gib(count: float) -> str:
+    return f"{count / GIB:.3f} GiB"
+
+
+def _bytes(count: float) -> str:
+    """1_500_000 -> 1.50 MB, by thousands as bandwidths are."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
