@@ -108,11 +108,15 @@ class Mesh:
 
 def _form(grid: Grid, axis: str, timeout: timedelta) -> dist.ProcessGroup | None:
     """This rank's group of the axis. Collective over the job, which forms all groups of the axis at once."""
+    return form(grid.groups(axis), f"mesh_{axis}", timeout)
+
+
+def form(groups: list[list[int]], name: str, timeout: timedelta) -> dist.ProcessGroup | None:
+    """This rank's group out of `groups`, which hold every rank of the job once. Collective over the job."""
     everyone = dist.group.WORLD
     assert everyone is not None, "join() comes before the mesh"
-    if grid.size(axis) == grid.world:
+    if len(groups) == 1:
         return everyone
-    groups, name = grid.groups(axis), f"mesh_{axis}"
     if everyone.bound_device_id is not None:
         # NCCL and RCCL split one communicator into all the groups in one call; group by group it would be a call each.
         return dist.split_group(split_ranks=groups, timeout=timeout, group_desc=name)

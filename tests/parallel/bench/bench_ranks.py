@@ -1,0 +1,130 @@
+"""What the ranks of the bench's tests run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.bench.__main__ import main
+from parallel.bench.device import Launch
+from parallel.bench.groups import Shape, teams
+from parallel.bench.interrupt import Stop
+from parallel.bench.operations import OPERATIONS
+from parallel.bench.sweep import Bench, Task
+from parallel.bench.timing import Control, Plan
+from parallel.processes import Processes, join
+
+Answer = tuple[int, str, str]
+"""(exit code, standard output, standard error) of one rank"""
+
+
+def command(rank: int, world: int, *arguments: str) -> Answer:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(list(arguments))
+        except SystemExit as left:  # argparse
+            code = int(left.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def read(rank: int, world: int, path: str, *arguments: str) -> tuple[Answer, dict[str, Any]]:
+    """The command with --json path, and rank 0's file."""
+    answer = command(rank, world, *arguments, "--json", path)
+    return answer, json.loads(Path(path).read_text()) if rank == 0 else {}
+
+
+def with_fault(rank: int, world: int, fault: str, path: str, *arguments: str) -> tuple[Answer, dict[str, Any]]:
+    """The command, while torch's collective is wrong on the last rank."""
+    names = {"stale": "all_reduce", "shifted": "all_to_all_single", "one bit": "broadcast"}
+    name = names[fault]
+    real = getattr(dist, name)
+
+    def wrong(*tensors: Any, **options: Any) -> Any:
+        if fault == "stale" and "group" in options and rank == world - 1:
+            before = tensors[0].clone()
+            real(*tensors, **options)
+            tensors[0][-3:] = before[-3:]  # the end of the buffer was not reduced
+            return None
+        work = real(*tensors, **options)
+        if rank == world - 1 and fault == "shifted":
+            tensors[0].copy_(tensors[0].roll(tensors[0].numel() // world))  # right parts, wrong order
+        if rank == world - 1 and fault == "one bit":
+            tensors[0][17] += 1
+        return work
+
+    setattr(dist, name, wrong)
+    return read(rank, world, path, *arguments)
+
+
+def told_to_stop(rank: int, world: int, path: str, *arguments: str) -> tuple[Answer, dict[str, Any]]:
+    """The command, while only the last rank gets a SIGTERM, in its 30th collective."""
+    real = dist.all_reduce
+    calls = 0
+
+    def counting(*given: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += "group" in options
+        if rank == world - 1 and calls == 30:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*given, **options)
+
+    dist.all_reduce = counting
+    return read(rank, world, path, *arguments)
+
+
+def slow_rank(rank: int, world: int, seconds: float) -> list[float]:
+    """Times of a barrier that rank 1 joins late."""
+    processes = join("cpu")
+    (team,) = teams([Shape("world", world)], rank, world, False, processes.timeout)
+    real = dist.barrier
+
+    def late(*given: Any, **options: Any) -> Any:
+        if rank == 1:
+            time.sleep(seconds)
+        return real(*given, **options)
+
+    dist.barrier = late
+    with Stop() as stop:
+        bench = Bench(Control(processes, stop), Plan(warmup=1, iterations=3), Launch(), "gloo")
+        (row,) = bench.rows(Task(team, OPERATIONS["barrier"], "fp32", (False,), ()))
+    return [row.min, row.microseconds]
+
+
+def against_bare(rank: int, world: int, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+    """For each size, microseconds of one all_reduce by the bench and by a bare loop, in turn."""
+    processes: Processes = join("cpu")
+    (team,) = teams([Shape("world", world)], rank, world, False, processes.timeout)
+    found = []
+    with Stop() as stop:
+        for size in sizes:
+            count = max(20, min(400, (64 << 20) // size))
+            plan = Plan(warmup=2, iterations=count)
+            bench = Bench(Control(processes, stop), plan, Launch(), "gloo", check=False)
+            task = Task(team, OPERATIONS["all_reduce"], "fp32", (True,), (size,))
+            x = torch.ones(size // 4)
+            ours: list[float] = []
+            bare: list[float] = []
+            for turn in range(rounds):
+                for which in ((ours, bare), (bare, ours))[turn % 2]:
+                    if which is ours:
+                        (row,) = bench.rows(task)
+                        ours.append(row.microseconds)
+                        continue
+                    for _ in range(2):
+                        dist.all_reduce(x)
+                    dist.barrier()
+                    start = time.perf_counter()
+                    for _ in range(count):
+                        dist.all_reduce(x)
+                    bare.append((time.perf_counter() - start) / count * 1e6)
+            found.append({"bytes": size, "iterations": count, "ours": ours, "bare": bare})
+    return found
