@@ -1,8 +1,8 @@
 """The supervisors' journal, `<run>/supervise.jsonl`: one JSON object a line, appended by the supervisor of every host.
 
-Events: start (torchrun begins), end (how it ended, rank by rank, and what was decided), after (a decision of another kind: after
-a look at the other hosts, or before any start), readmit (a person lets a host in again). Their order in the file is the order
-in which they happened, whatever the hosts' clocks say.
+Events: preflight (this host begins to check itself), start (torchrun begins), end (how it ended, rank by rank, and what was
+decided), after (a decision of another kind: after a look at the other hosts, or before any start), readmit (a person lets a host
+in again). Their order in the file is the order in which they happened, whatever the hosts' clocks say.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 #   --hardware FILE      a file of configs/hardware/: its environment for NCCL or RCCL is set. Left out: found by nvidia-smi or
 #                        rocm-smi. What is in the environment already stays as it is.
 #   --ranks-per-node N   processes on each node; left out: as many as the GPUs that Slurm has given
+#   --preflight          each node is checked first (launch/preflight); one that fails is named, and the job does not start
 #
 # Partition, account and the like are options of sbatch; those below are defaults. A crash or a hang is restarted inside the
 # allocation (launch/supervise.py). Two minutes before its time is up, and when it is preempted (give the partition a GraceTime),
@@ -31,17 +32,23 @@ fail() {
 }
 
 hardware=()
+preflight=()
 ranks=${SLURM_GPUS_ON_NODE:-}
 while [ $# -gt 1 ]; do
   case $1 in
     --hardware) hardware=("$2") ;;
     --ranks-per-node) ranks=$2 ;;
+    --preflight)
+      preflight=(--preflight)
+      shift
+      continue
+      ;;
     *) break ;;
   esac
   shift 2
 done
 if [ $# -eq 0 ] || [ "${1#--}" != "$1" ] || [ -z "${SLURM_JOB_ID:-}" ]; then
-  echo "usage: sbatch [options of sbatch] launch/slurm.sh [--hardware FILE] [--ranks-per-node N] configs/runs/X.yaml [key=value ...]" >&2
+  echo "usage: sbatch [options of sbatch] launch/slurm.sh [--hardware FILE] [--ranks-per-node N] [--preflight] configs/runs/X.yaml [key=value ...]" >&2
   exit 2
 fi
 cd "${SLURM_SUBMIT_DIR:?}" || exit 1 # sbatch runs a copy of this file that lies elsewhere
@@ -90,7 +97,7 @@ fi
 # learns so from the others through the run folder; --wait is for the case that one does not.
 trap : TERM USR1 # in case they reach this shell as well: it waits for srun all the same, and goes on
 srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=0 --wait 300 \
-  python -m launch.supervise --slurm --nnodes "$nodes" --nproc-per-node "$ranks" \
+  python -m launch.supervise --slurm "${preflight[@]}" --nnodes "$nodes" --nproc-per-node "$ranks" \
   --rdzv-endpoint "$first:$port" --rdzv-id "$SLURM_JOB_ID" -- "${command[@]}"
 code=$?
 

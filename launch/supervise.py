@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python -m launch.supervise --nproc-per-node 8 -- pretrain/main.py --config configs/runs/X.yaml run=runs/x
   python -m launch.supervise --nproc-per-node 8 --nnodes 2 --rdzv-endpoint n1:29400 -- pretrain/main.py ...    (on each host)
   python -m launch.supervise --nproc-per-node 8 --nnodes 3:4 --rdzv-endpoint n1:29400 -- pretrain/main.py ...  (or with 3)
+  python -m launch.supervise --preflight --nproc-per-node 8 -- pretrain/main.py ...    (checks the host before)
   python -m launch.supervise --journal runs/x
   python -m launch.supervise --readmit n7 runs/x
 
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--exclude-after", type=int, default=3, metavar="N", help="first failures until a host is left out; 0: never")
     add("--wait-for-run", type=float, default=120.0, metavar="S", help="while another job has the folder (default 120)")
     add("--patience", type=float, default=10.0, metavar="S", help="in which signals are one request (default 10)")
+    add("--preflight", action="store_true", help="check this host first (launch.preflight); do not start if it fails")
     add("--slurm", action="store_true", help="end with 75 when a host is excluded: the job is requeued without it")
     add("--journal", type=Path, metavar="RUN", help="print the journal of a run as a table and leave")
     add("--excluded", action="store_true", help="print the hosts excluded from this job, a line each, and leave")

@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from launch import agent, blame
+from launch import agent, blame, fitness
 from launch.journal import Journal, Record
 from launch.outcome import REPORT, Outcome, read
 from launch.policy import Decision, Policy, decide
@@ -50,6 +50,7 @@ class Supervisor:
         self.restarts = 0  # in a row without a newer checkpoint
         self.met = time.monotonic()  # when ranks last ran here
         self.since = 0  # the place in the journal after this supervisor's last start
+        self.checking = False  # no start yet since the preflight
 
     def supervise(self) -> int:
         """Until the job is over, or over for this host; returns the exit code."""
@@ -66,7 +67,7 @@ class Supervisor:
         with contextlib.suppress(OSError):  # it only serves the line above
             os.truncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-        decision = self._welcome()
+        decision = self._welcome() or self._preflight()
         while decision is None:
             decision = self._once()
         return decision.code
@@ -78,7 +79,9 @@ class Supervisor:
         before, started = committed(self.run), time.time()
         place = self._note("start", nodes=f"{self.least}:{self.most}", processes=self.options.nproc_per_node, pid=os.getpid(),
                    newest=newest(before))  # fmt: skip
-        self.since = self.since if place is None else place
+        # A host that found itself unfit may have noted so since this one began to check itself.
+        self.since = self.since if place is None or self.checking else place
+        self.checking = False
         outcome = self._launch(started)
         after = committed(self.run)
         if after - before:
@@ -158,6 +161,26 @@ class Supervisor:
         why = f"{self.options.host} is excluded: {why}; let it in again with --readmit {self.options.host} {self.run}"
         decision = Decision("leave" if self.elastic else "stop", codes.ERROR, why)
         self._note("after", **self._told(decision, settled=True))
+        return decision
+
+    def _preflight(self) -> Decision | None:
+        """A decision not to begin, when this host is not fit for it, or another one of the job has found itself unfit."""
+        if not self.options.preflight:
+            return None
+        began = time.time()
+        place = self._note("preflight", pid=os.getpid())
+        self.since, self.checking = place or self.since, place is not None
+        why = fitness.unfit(self.run, self.logs.parent / f"{self.options.host}.preflight.json", self.requests)
+        if self.requests.first is not None:
+            decision = Decision("stop", codes.PREEMPTED, f"stopped by {self.requests.name} before the first start")
+        elif why is not None:
+            why = f"{self.options.host} has failed its preflight: {why}"
+            decision = Decision("leave" if self.elastic else "stop", codes.ERROR, why)
+        elif other := self._others() or fitness.unfit_host(self.journal.records(), self.job, self.options.host, began):
+            decision = Decision("stop", other["code"], f"{other['host']}: {other['why']}")
+        else:
+            return None
+        self._note("after", unfit=why is not None, **self._told(decision, settled=True))
         return decision
 
     def _look_around(self, decision: Decision, started: float) -> Decision:
