@@ -45,7 +45,7 @@ class GradientRule:
     """For a model on a mesh, sharded or wrapped by its engine already.
 
     stages: how many pipeline stages hold a parameter of this name, where more than one does (a tied embedding).
-    only: names of the parameters to look after; all when left out.
+    only: names of the parameters to look after; all when left out. bucket: bytes reduced in one call, at least.
     Collective: all ranks of a pipeline stage call `reduce`, all ranks of the job `clip`.
     """
 
@@ -55,8 +55,9 @@ class GradientRule:
         mesh: Mesh,
         stages: Mapping[str, int] | None = None,
         only: Collection[str] | None = None,
+        bucket: int = BUCKET,
     ):
-        self.mesh = mesh
+        self.mesh, self.bucket = mesh, bucket
         table = cuts(model)
         self.held: list[_Held] = []
         for name, parameter in named_parameters(model):
@@ -89,8 +90,8 @@ class GradientRule:
                         all_blocks = block.new_zeros(cut.ranks // box.copies, *block.shape)
                         slots.append((block, all_blocks[cut.rank // box.copies].copy_(block)))
                         over_tp.append(all_blocks)
-        _sum_in_buckets(over_tp, self.mesh.group("tp"))
-        _sum_in_buckets(over_edp, self.mesh.group("edp"))
+        _sum_in_buckets(over_tp, self.mesh.group("tp"), self.bucket)
+        _sum_in_buckets(over_edp, self.mesh.group("edp"), self.bucket)
         for block, total in slots:
             block.copy_(total)
 
@@ -139,15 +140,18 @@ class GradientRule:
         self.checked = True
 
 
-def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """What an engine does that shards nothing: sums gradients over dp x cp, those of experts that are spread over ranks apart."""
+def sum_gradients(model: nn.Module, mesh: Mesh, bucket: int = BUCKET) -> None:
+    """What an engine does that shards nothing: sums gradients over dp x cp, those of experts that are spread over ranks apart.
+
+    bucket: bytes summed in one call, at least.
+    """
     table = cuts(model)
     gradients = [
         parameter.grad
         for name, parameter in named_parameters(model)
         if parameter.grad is not None and not any(cut.axis == "ep" for cut in table.get(name, ()))
     ]
-    _sum_in_buckets(gradients, mesh.group("dp_cp"))
+    _sum_in_buckets(gradients, mesh.group("dp_cp"), bucket)
 
 
 def _shards(parameter: nn.Parameter) -> int:
@@ -158,18 +162,18 @@ def _shards(parameter: nn.Parameter) -> int:
     return math.prod(mesh.size(i) for i, placement in enumerate(placements) if isinstance(placement, Shard))
 
 
-def _sum_in_buckets(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
+def _sum_in_buckets(tensors: list[Tensor], group: dist.ProcessGroup | None, bucket_bytes: int) -> None:
     """All-reduces the tensors in place, many in one call."""
     if group is None:
         return
-    for bucket in _buckets(tensors):
+    for bucket in _buckets(tensors, bucket_bytes):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
         dist.all_reduce(flat, group=group)
         for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
             tensor.copy_(total.view_as(tensor))
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def _buckets(tensors: list[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
@@ -179,7 +183,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         for tensor in same:
             bucket.append(tensor)
             size += tensor.numel() * tensor.element_size()
-            if size >= BUCKET:
+            if size >= bucket_bytes:
                 yield bucket
                 bucket, size = [], 0
         if bucket:

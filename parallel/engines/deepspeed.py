@@ -25,7 +25,7 @@ from parallel.context import cut_batch
 from parallel.engines.apart import hidden, shared_out
 from parallel.engines.base import Engine, Veto
 from parallel.engines.fragment import Fragment
-from parallel.gradients import GradientRule
+from parallel.gradients import BUCKET, GradientRule
 from parallel.layout import cuts, plain_name
 from parallel.share import Share
 from parallel.state import load_optimizer_tensors, model_tensors, optimizer_tensors
@@ -47,6 +47,9 @@ class DeepSpeedConfig(Strict):
     """Stage 3 leaves parameters of fewer elements than this whole on every rank: less to gather, for a little more memory."""
     overlap_comm: bool = False
     """Reduce gradients while the backward pass still runs."""
+    bucket_bytes: int | None = Field(None, ge=4)
+    """Gradients of up to so many bytes (one larger than that: alone) are reduced in one call, and DeepSpeed sets a buffer of that
+    size aside; `python -m parallel.fabric` finds the number for a cluster. null: DeepSpeed's own, 2 GB."""
 
     def check(self, grid: Grid, compiled: bool = False) -> None:
         """Raises ValueError for what DeepSpeed cannot do on this grid, naming what it can. compiled: the blocks are."""
@@ -89,6 +92,8 @@ class DeepSpeedConfig(Strict):
     def settings(self, clip: float | None, pin: bool) -> dict[str, Any]:
         """DeepSpeed's own configuration. pin: page-locked memory for what is offloaded."""
         zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": self.overlap_comm}
+        if self.bucket_bytes is not None:
+            zero["reduce_bucket_size"] = self.bucket_bytes // 4  # it counts elements, and gradients are fp32 here
         if self.stage == 3:
             zero["stage3_param_persistence_threshold"] = self.keep_whole
         if self.offload != "none":
@@ -149,7 +154,7 @@ class DeepSpeedEngine(Engine):
                 "checkpoints of them know AdamW; use optimizer.kind=adamw, or engine.kind=torch"
             )
         ours, self.experts = shared_out(whole, set(self.apart.values()))
-        self.rule = GradientRule(model, mesh, only=self.apart)
+        self.rule = GradientRule(model, mesh, only=self.apart, bucket=config.bucket_bytes or BUCKET)
         self.device = next(model.parameters()).device.type
         if config.offload != "none":
             for group in ours.param_groups:

@@ -38,7 +38,7 @@ class PipelinedEngine(TorchEngine):
 
     def shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
         for stage, own in zip(self.stages, self.blocks, strict=True):
-            shard(stage, own, self.mesh, reshard_after_forward)
+            shard(stage, own, self.mesh, reshard_after_forward, self.bucket_bytes)
 
     def copies(self) -> dict[str, int]:
         stages: list[Any] = self.stages

@@ -7,6 +7,7 @@ import math
 from functools import partial
 from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,7 +17,8 @@ from parallel.config import Strict
 from parallel.context import cut_batch
 from parallel.engines.base import Engine, Veto
 from parallel.engines.evidence import Evidence, WatchedReduceScatter
-from parallel.gradients import GradientRule, sum_gradients
+from parallel.engines.units import units
+from parallel.gradients import BUCKET, GradientRule, sum_gradients
 from parallel.layout import cuts
 from parallel.mesh import Mesh
 from parallel.state import (
@@ -35,6 +37,11 @@ class TorchConfig(Strict):
     half as much communication again."""
     reduce_each_micro_batch: bool = False
     """Reduce gradients after every micro-batch: only shards are kept between micro-batches, for more communication."""
+    bucket_bytes: int | None = Field(None, ge=1)
+    """Gradients of so many bytes are summed in one call; `python -m parallel.fabric` finds the number for a cluster. Where
+    parameters are sharded, neighbouring blocks join until their gradients are that large: FSDP2 gathers, reduces and frees them
+    as one, which takes the memory of as many blocks, and one block is the least. null: each block alone, and 32 MiB where
+    nothing is sharded."""
 
     def build(self, model: nn.Module, blocks: Any, optimizer: Any, mesh: Mesh, clip: float | None) -> TorchEngine:
         return TorchEngine(self, model, blocks, optimizer, mesh, clip)
@@ -53,18 +60,19 @@ class TorchEngine(Engine):
         clip: float | None,
     ):
         self.model, self.clip, self.mesh = model, clip, mesh
+        self.bucket_bytes = config.bucket_bytes
         self.reduce_each = config.reduce_each_micro_batch
         self.cut = partial(cut_batch, mesh=mesh)
         self.sharded = mesh.size("shard_cp") > 1
         if self.sharded:
             self.shard(blocks, config.reshard_after_forward)
         self.optimizer: Optimizer = optimizer(model)
-        self.rule = GradientRule(model, mesh, self.copies())
+        self.rule = GradientRule(model, mesh, self.copies(), bucket=self.bucket_bytes or BUCKET)
         self.seen: Evidence | None = None
 
     def shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
         """Shards the model over its data-parallel ranks."""
-        shard(self.model, blocks, self.mesh, reshard_after_forward)
+        shard(self.model, blocks, self.mesh, reshard_after_forward, self.bucket_bytes)
 
     def copies(self) -> dict[str, int]:
         """How many pipeline stages hold a parameter, by name, where more than one does."""
@@ -86,7 +94,7 @@ class TorchEngine(Engine):
             self.seen.see([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
             self.seen.close()
         if not self.sharded:
-            sum_gradients(self.model, self.mesh)
+            sum_gradients(self.model, self.mesh, self.bucket_bytes or BUCKET)
         self.rule.reduce()
 
     def step(self, lr: float, veto: Veto = None) -> float:
@@ -122,16 +130,18 @@ class TorchEngine(Engine):
         load_optimizer_tensors(self.model, self.optimizer, tensors)
 
 
-def shard(root: nn.Module, blocks: list[nn.Module], mesh: Mesh, reshard_after_forward: bool) -> None:
-    """FSDP2 for a module and, gathered and freed one at a time, its blocks."""
+def shard(
+    root: nn.Module, blocks: list[nn.Module], mesh: Mesh, reshard_after_forward: bool, bucket_bytes: int | None = None
+) -> None:
+    """FSDP2 for a module and, gathered and freed one at a time, its blocks, or units of them (see units.py)."""
     axes = [axis for axis in ("replicate", "shard_cp") if mesh.size(axis) > 1]
     # Experts that are spread over ranks belong to fewer ranks than these: they stay as they are, and the gradient rule adds
     # them up over their own.
     spread = {name for name, each in cuts(root).items() if any(cut.axis == "ep" for cut in each)}
     apart = {parameter for name, parameter in named_parameters(root) if name in spread}
     options: dict[str, Any] = {"mesh": mesh.device_mesh(*axes), "ignored_params": apart}
-    for block in blocks:
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    for unit in units(root, blocks, bucket_bytes, apart):
+        fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard_after_forward, **options)
     fully_shard(root, reshard_after_forward=False, **options)  # the root is needed again at once
     for module in root.modules():
         if isinstance(module, FSDPModule):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from parallel.fabric.topology import factor
 
 LEVEL = 0.9  # share of the saturated bandwidth at which a curve counts as saturated
-BENT = 0.10  # relative deviation that neighbours share, beyond which rows do not follow the model
+BENT = 0.10  # relative deviation that three neighbours share, beyond which rows do not follow the model
 _Floats = NDArray[np.float64]
 
 
@@ -92,9 +92,7 @@ def _fit(op: str, group: str, ranks: int, sizes: dict[float, list[float]], level
     wire = size * factor(op, ranks)  # bytes that busbw counts
     line = straight(wire, seconds)
     ratio = np.log(seconds / (line.alpha + line.slope * wire))
-    bow = _running_median(ratio)
-    noise = 1.4826 * float(np.median(np.abs(ratio - bow)))
-    follows = bool(np.abs(bow).max() <= max(BENT, 2 * noise))
+    follows = not _bent(ratio, max(BENT, 2 * line.spread))
     half = estimate = None
     knee: float | None = None
     if line.slope > 0:
@@ -104,7 +102,7 @@ def _fit(op: str, group: str, ranks: int, sizes: dict[float, list[float]], level
             knee = next((each for each in order if each >= estimate * (1 - 1e-9)), None)
     if not follows:
         # The rows as they are, without their scatter. Where the last ones still gain, the curve has not saturated.
-        speed = wire / (line.alpha + line.slope * wire) / np.exp(bow)
+        speed = wire / (line.alpha + line.slope * wire) / np.exp(_running_median(ratio))
         top = float(speed.max())
         if speed.argmax() < len(speed) - 1 or speed[-1] <= 1.1 * speed[-2]:
             knee = order[int(np.argmax(speed >= level * top))]
@@ -196,9 +194,16 @@ def _errors(design: _Floats, weights: _Floats, scale: float, line: _Floats) -> t
     return float(math.sqrt(covariance[0, 0])), float(math.sqrt(covariance[1, 1]))
 
 
+def _bent(ratio: _Floats, limit: float) -> bool:
+    """Whether three neighbours lie on the same side of the line, all further off than the limit: noise does not do that."""
+    threes = np.lib.stride_tricks.sliding_window_view(ratio, 3)
+    return bool((threes.min(1) > limit).any() or (threes.max(1) < -limit).any())
+
+
 def _running_median(values: _Floats) -> _Floats:
-    """The median of each value and its two neighbours either side; fewer at the ends."""
-    return np.array([np.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))])
+    """The median of each value and its two neighbours either side; at the ends, of the last five."""
+    starts = np.clip(np.arange(len(values)) - 2, 0, max(0, len(values) - 5))
+    return np.array([np.median(values[start : start + 5]) for start in starts])
 
 
 @dataclass(frozen=True)

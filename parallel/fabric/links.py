@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from parallel.fabric.fit import Row
 
 MOST = 0.75  # of a rank's links slow: then the rank is what they have in common
-SCATTER = 6.0  # a link stands out if it is slower by this many standard deviations of the logarithm, about, by the fast ones
+SCATTER = (
+    6.0  # a link stands out if it is slower by this many standard deviations of the logarithm, about, by the fast ones
+)
 _Floats = NDArray[np.float64]
 
 
@@ -109,15 +111,15 @@ class Matrix:
 
     @property
     def transfer(self) -> _Floats:
-        """Seconds that the largest message takes beyond the smallest, [N, N]: what bandwidth decides."""
-        return np.maximum(self.seconds[-1] - self.seconds[0], 1e-9)
+        """Seconds that the largest message takes beyond the smallest, [N, N]: what bandwidth decides. At least half of its
+        time: where it is mostly latency, their difference is noise."""
+        return np.maximum(self.seconds[-1] - self.seconds[0], self.seconds[-1] / 2)
 
     @property
     def bandwidth(self) -> _Floats:
-        """GB/s (1e9 bytes), [N, N]; NaN everywhere for a single size."""
-        if len(self.sizes) == 1:
-            return np.full_like(self.latency, np.nan)
-        return 1e-9 * (self.sizes[-1] - self.sizes[0]) / self.transfer
+        """GB/s (1e9 bytes), [N, N]; NaN where the largest message takes no longer than the smallest."""
+        beyond = self.seconds[-1] - self.seconds[0]
+        return 1e-9 * (self.sizes[-1] - self.sizes[0]) / np.where(beyond > 0, beyond, np.nan)
 
     def rows(self) -> list[Row]:
         """Every link as rows to fit: op send_recv, group "sender>receiver"."""
@@ -125,7 +127,7 @@ class Matrix:
         for sender, receiver in zip(*np.nonzero(~np.isnan(self.latency))):
             times = self.seconds[:, sender, receiver]
             found += [
-                Row("send_recv", f"{sender}>{receiver}", 2, size, max(float(t), 1e-9))
+                Row("send_recv", f"{sender}>{receiver}", 2, size, float(t))
                 for size, t in zip(self.sizes, times)
                 if not np.isnan(t)
             ]

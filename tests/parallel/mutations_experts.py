@@ -23,7 +23,7 @@ def gradients_averaged(rank: int) -> Patch:
 
 @mutation("dp=2,replicate=2", "replicas do not sum their gradients")
 def replicas_not_summed(rank: int) -> Patch:
-    return replaced("parallel.engines.torch.sum_gradients", lambda model, mesh: None)
+    return replaced("parallel.engines.torch.sum_gradients", lambda *arguments: None)
 
 
 @mutation("dp=2", "each rank divides by its own number of targets")
@@ -142,9 +142,9 @@ def scores_stay_at_home(rank: int) -> Patch:
 @mutation("dp=4,ep=2 of 4", "experts are not summed over the ranks that hold the same ones")
 def experts_not_summed_over_edp(rank: int) -> Patch:
     def wrap(total: Any) -> Any:
-        def fewer(tensors: Any, group: Any) -> None:
+        def fewer(tensors: Any, group: Any, bucket: int) -> None:
             if group is None or dist.get_world_size(group) != 2:
-                total(tensors, group)
+                total(tensors, group, bucket)
 
         return fewer
 

@@ -16,7 +16,7 @@ Patch = AbstractContextManager[Any]
 
 @mutation("tp=2", "gradients of whole parameters and of shared key heads are not summed over tp")
 def whole_parameters_not_summed(rank: int) -> Patch:
-    return replaced("parallel.gradients._sum_in_buckets", lambda tensors, group: None)
+    return replaced("parallel.gradients._sum_in_buckets", lambda *arguments: None)
 
 
 @mutation("tp=2", "each rank keeps its own part of its partial sum instead of everybody's (forward)")
@@ -160,4 +160,4 @@ def sections_cut_as_one(rank: int) -> Patch:
 
 @mutation("dp=2,tp=2 of 4", "whole parameters are summed over dp, but not over tp")
 def one_of_two_sums_left_out(rank: int) -> Patch:
-    return replaced("parallel.gradients._sum_in_buckets", lambda tensors, group: None)
+    return replaced("parallel.gradients._sum_in_buckets", lambda *arguments: None)
