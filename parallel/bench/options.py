@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     )
     times.add_argument("--min-iterations", type=int, default=20, metavar="N", help="default 20")
     times.add_argument("--max-iterations", type=int, default=2000, metavar="N", help="default 2000")
-    times.add_argument("--max-seconds", type=float, default=5, metavar="S", help="for one size; default 5")
+    times.add_argument("--max-seconds", type=float, default=2, metavar="S", help="for one size; default 2")
     times.add_argument("--isolated", action="store_true", help="a barrier before every iteration, not back to back")
     times.add_argument(
         "--check", action=argparse.BooleanOptionalAction, default=True, help="check the answers; default on"
@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, as far as they can be judged before the job is joined. Leaves the process (2) where they cannot be."""
     made = parser()
-    options = made.parse_args(arguments)
+    options = made.parse_intermixed_args(arguments)  # ops may come between options
     try:
         judge(options)
     except ValueError as error:

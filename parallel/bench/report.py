@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from parallel.bench import files, fits, machine, plot, table
 from parallel.bench.groups import Shape
+from parallel.bench.interrupt import Stop
 from parallel.bench.overlap import Beside
 from parallel.bench.rows import Row
 from parallel.bench.sweep import Bench, Task
@@ -24,6 +29,7 @@ class Report:
 
     options: argparse.Namespace
     processes: Processes
+    stop: Stop
     machine: dict[str, Any]
     shapes: list[Shape]
     ceilings: dict[str, dict[str, float]]
@@ -45,9 +51,10 @@ class Report:
         also = f" (also {', '.join(shape.also)})" if shape.also else ""
         many = f"{count} groups of {shape.size} ranks" if count > 1 else f"{shape.size} rank{'s' * (shape.size > 1)}"
         if count > 1:
-            far = f", every {shape.stride}th" if shape.stride > 1 and shape.size > 1 else ""
+            far = f", {shape.stride} apart" if shape.stride > 1 and shape.size > 1 else ""
             many += far + (", only the first works" if self.options.one_group else ", all at once")
-        self._say(f"#\n# {operation.name} over {shape.name}{also}: {many}")
+        dtype = f" of {task.dtype}" if len(self.options.dtypes) > 1 and operation.moves else ""
+        self._say(f"#\n# {operation.name}{dtype} over {shape.name}{also}: {many}")
         self._table = table.Table(
             both=self.options.place == "both",
             places=task.places if operation.moves else (),
@@ -87,7 +94,7 @@ class Report:
         if not self.processes.first:
             return
         curves = fits.curves(self.rows)
-        self._say("#", *_footer(self.rows, bench))
+        self._say("#", *_footer(self.rows, bench, self.options.place == "both"))
         if self.stopped:
             self._say(f"# stopped by {self.stopped}: these are the results so far")
         self._say(*fits.lines(curves, fits.conclusion(curves) if curves else None))
@@ -122,11 +129,16 @@ class Report:
             files.replace(self.options.csv, files.to_csv(self.rows))
 
     def _say(self, *lines: str) -> None:
-        if self.processes.first:
-            print(*lines, sep="\n", flush=True) if lines else None
+        if not (self.processes.first and lines):
+            return
+        try:
+            print(*lines, sep="\n", flush=True)
+        except BrokenPipeError:  # `| head` has seen enough: all ranks stop, as at a Ctrl-C
+            self.stop.number = self.stop.number or signal.SIGPIPE
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process lives)
 
 
-def _footer(rows: Sequence[Row], bench: Bench) -> list[str]:
+def _footer(rows: Sequence[Row], bench: Bench, both: bool) -> list[str]:
     """nccl-tests' two last lines, and what else should not be overlooked."""
     lines = []
     checked = [row.wrong for row in rows if row.wrong is not None]
@@ -144,6 +156,6 @@ def _footer(rows: Sequence[Row], bench: Bench) -> list[str]:
     if loose:
         lines.append(
             f"# {len(loose)} of {len(rows)} rows did not come within +-{100 * target:g}% of their mean in {bench.plan.most} "
-            f"iterations or {bench.plan.seconds:g} s: their +-% says how far"
+            f"iterations or {bench.plan.seconds:g} s: see {'error in --json' if both else '+-%'}, and p50 for what is usual"
         )
     return lines + [f"# {note}" for note in bench.notes]

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         ours = teams(shapes, processes.rank, processes.world, options.one_group, processes.timeout)
         bench = Bench(control, setting.plan(options), launch, backend, setting.ranks_here(), options.check, notes)
         where = machine.describe(processes, backend, node)
-        report = Report(options, processes, where, shapes, ceilings)
+        report = Report(options, processes, stop, where, shapes, ceilings)
         return _measure(bench, report, {team.shape.name: team for team in ours}, tasks, options)
 
 
@@ -82,10 +82,13 @@ def _measure(
         report.stopped = str(told)
     except RuntimeError as error:  # torch's: a rank is gone, no memory, an op that the backend does not have
         report.finish(bench, complete=False)
-        reason = str(error).strip().splitlines()[0]
-        print(f"rank {report.processes.rank} cannot go on: {reason}", file=sys.stderr, flush=True)
+        reason = str(error).strip().splitlines()[0].partition(" This is typically")[0]
+        doing = f"{task.operation.name} over {task.team.shape.name}"
+        print(f"rank {report.processes.rank} cannot go on with {doing}: {reason}", file=sys.stderr, flush=True)
         return 1  # without leave(): the others may wait in a collective that we never come back to
     report.finish(bench, complete=code == 0)
+    # A launcher that sees one rank leave with an error ends the others: not before rank 0 has written its files.
+    report.processes.barrier()
     leave()
     return code or (1 if bench.faults else 0)
 

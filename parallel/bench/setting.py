@@ -20,7 +20,7 @@ from parallel.bench.sizes import parse_sizes
 from parallel.bench.timing import Control, Plan
 from parallel.fabric.topology import Fabric
 
-HARDWARE = Path("configs/hardware")
+HARDWARE = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 
 
 def tasks(
@@ -121,7 +121,7 @@ def fabric(path: Path) -> Fabric:
     file = path if path.exists() else HARDWARE / f"{path.name.removesuffix('.yaml')}.yaml"
     if not file.exists():
         names = ", ".join(sorted(each.stem for each in HARDWARE.glob("*.yaml")))
-        raise ValueError(f"--hardware {path}: no such file" + (f"; in {HARDWARE} there are {names}" if names else ""))
+        raise ValueError(f"--hardware {path}: no such file" + (f"; there are {names}" if names else ""))
     try:
         section = (yaml.safe_load(file.read_text()) or {}).get("fabric")
     except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:

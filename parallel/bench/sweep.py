@@ -106,6 +106,8 @@ class Bench:
                 return None
             for i in small:
                 self._pool[i] = torch.empty(0, dtype=torch.uint8)  # first let go of the smaller one
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 self._pool[i] = torch.empty(need[i], dtype=torch.uint8, device=self.device)
         send, receive = (pool[:bytes].view(dtype) for pool, bytes in zip(self._pool, need))
         return send, receive
@@ -113,7 +115,8 @@ class Bench:
     def _free(self) -> float:
         """Bytes that this rank may still take."""
         if self.device.type == "cuda":
-            return KEPT * torch.cuda.mem_get_info(self.device)[0]
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return KEPT * (torch.cuda.mem_get_info(self.device)[0] + cached)
         return KEPT * psutil.virtual_memory().available / self.ranks_here
 
     def clock(self, task: Task, work: Work) -> tuple[Clock, float]:

@@ -107,7 +107,7 @@ class Table:
         """first: the out-of-place row, or the only one; second: the in-place one beside it."""
         row = first or second
         assert row is not None
-        cells = [str(row.bytes), str(row.count), TYPES.get(row.dtype, row.dtype)]
+        cells = [str(row.bytes), str(row.count), TYPES.get(row.dtype, row.dtype) if row.bytes else "none"]
         cells += [row.redop or "none", "-1" if row.root is None else str(row.root), *_timed(first)]
         if self.both:
             cells += _timed(second)
@@ -153,11 +153,11 @@ def beside_line(record: Beside) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, as nccl-tests writes times and bandwidths; three below one."""
+    """Four significant digits, as nccl-tests writes times and bandwidths; fewer below 0.1."""
     if value is None:
         return "N/A"
     if value < 1:
-        return f"{value:.4f}" if value >= 0.1 else f"{value:.3g}"
+        return f"{value:.4f}" if value >= 0.1 else f"{value:#.3g}" if value >= 1e-3 else f"{value:.2g}"
     digits = next((digits for digits, limit in ((3, 10), (2, 100), (1, 1000)) if value < limit), 0)
     return f"{value:.{digits}f}"
 

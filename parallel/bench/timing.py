@@ -43,7 +43,7 @@ class Plan:
     confidence: float = 0.02
     least: int = 20
     most: int = 2000
-    seconds: float = 5.0
+    seconds: float = 2.0
     isolated: bool = False
 
 

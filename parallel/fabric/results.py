@@ -46,7 +46,9 @@ def rows(document: dict[str, Any]) -> list[Row]:
         places = {row["in_place"] for row in best}
         if len(places) == 2:
             best = [row for row in best if row["in_place"] == (op in COPIED)]
-        found += [Row(row["op"], row["group"], row["ranks"], row["bytes"], 1e-6 * row["microseconds"]) for row in best]
+        # The median, as the benchmark's own fits: a mean holds what else the machine did meanwhile.
+        times = [1e-6 * row.get("p50", row["microseconds"]) for row in best]
+        found += [Row(row["op"], row["group"], row["ranks"], row["bytes"], time) for row, time in zip(best, times)]
     return found
 
 

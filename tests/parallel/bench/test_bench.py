@@ -78,7 +78,7 @@ def test_several_groups_of_a_training_mesh_in_one_run(tmp_path: Path) -> None:
     assert shapes == [("dp", 2), ("tp", 2), ("edp", 4)]
     assert result["groups"][0] == {"name": "dp", "ranks": 2, "stride": 2, "also": ["shard", "dp_cp", "shard_cp"]}
     assert all(row["wrong"] == 0 for row in result["rows"])
-    assert "all_gather over dp (also shard, dp_cp, shard_cp): 2 groups of 2 ranks, every 2th, all at once" in text
+    assert "all_gather over dp (also shard, dp_cp, shard_cp): 2 groups of 2 ranks, 2 apart, all at once" in text
     assert [answer[0][1] for answer in answers[1:]] == ["", "", ""]  # one rank talks
 
 

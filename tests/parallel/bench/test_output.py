@@ -89,7 +89,7 @@ def test_share_of_a_ceiling() -> None:
 def test_numbers_have_four_digits() -> None:
     values = [None, 0, 0.00001234, 0.01234, 1.2345, 12.345, 123.45, 1234.5, 1e6]
     assert [number(value) for value in values] == [
-        "N/A", "0", "1.23e-05", "0.0123", "1.234", "12.35", "123.5", "1234", "1000000",
+        "N/A", "0", "1.2e-05", "0.0123", "1.234", "12.35", "123.5", "1234", "1000000",
     ]  # fmt: skip
 
 
