@@ -248,14 +248,12 @@ def _products(options: argparse.Namespace) -> None:
     if "matmul" not in options.parts and given:
         raise ValueError(f"{given[0]} belongs to matmul, which is not measured here")
     gpu = options.device.type == "cuda"
-    sizes, depths = (matmul.GPU_SIZES, matmul.GPU_DEPTHS) if gpu else (matmul.CPU_SIZES, matmul.CPU_DEPTHS)
-    if options.quick:
-        sizes, depths = matmul.QUICK[options.device.type]
+    sizes, depths = (matmul.QUICK if options.quick else matmul.SIZES)[options.device.type]
     options.grid = options.sizes != "none"
     if options.sizes and options.grid:
-        sizes = tuple(integers("--sizes", options.sizes, factor=2))
+        sizes = integers("--sizes", options.sizes, factor=2)
     if options.depths:
-        depths = tuple(integers("--depths", options.depths, factor=2))
+        depths = integers("--depths", options.depths, factor=2)
     if not options.grid and not options.shapes:
         raise ValueError("--sizes none leaves nothing to multiply: give --shapes")
     options.shapes = matmul.parse(options.shapes) if options.shapes else []

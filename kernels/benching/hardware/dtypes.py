@@ -28,6 +28,7 @@ class Kind:
     def multiply(self, a: Tensor, b: Tensor, out: Tensor | None, one: Tensor | None) -> Tensor:
         """a [m, k] times b [k, n]. out: [m, n], or None for fp8, whose result is bf16. one: fp32 scale, for fp8."""
         if self.scaled:
+            assert one is not None
             return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
         return torch.mm(a, b, out=out)
 

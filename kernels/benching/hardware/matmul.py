@@ -24,10 +24,12 @@ SAMPLED = 16  # rows, and columns, of a result that are checked
 LONGEST = 20.0  # seconds; a product that would take longer, at the rate of those before it, is left out
 Size = tuple[int, int, int]  # m, n, k
 
-CPU_SIZES, CPU_DEPTHS = (128, 256, 512, 1024, 2048), (256, 1024, 4096)
-# From far below the 200 GFLOP that an MI300X needs (2 x 512 x 512 x 1024: half a GFLOP) to 4400.
-GPU_SIZES, GPU_DEPTHS = (512, 1024, 2048, 4096, 8192, 16384), (1024, 4096, 8192)
-QUICK = {"cpu": ((512, 1024), (1024,)), "cuda": ((2048, 8192), (8192,))}
+# (M and N, K) by device. From far below the 200 GFLOP that an MI300X needs (2 x 512 x 512 x 1024 is half a GFLOP) to 4400.
+SIZES: dict[str, tuple[list[int], list[int]]] = {
+    "cpu": ([128, 256, 512, 1024, 2048], [256, 1024, 4096]),
+    "cuda": ([512, 1024, 2048, 4096, 8192, 16384], [1024, 4096, 8192]),
+}
+QUICK: dict[str, tuple[list[int], list[int]]] = {"cpu": ([512, 1024], [1024]), "cuda": ([2048, 8192], [8192])}
 
 
 @dataclass(frozen=True)

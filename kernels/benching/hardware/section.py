@@ -107,7 +107,7 @@ def render(
     lines.append(f"  matmul_tflops: {_flow({dtype: _round(c.tflops) for dtype, c in found.items()})}")
     plateau = {dtype: _round(c.first_gflop) for dtype, c in found.items()}
     lines.append(f"  plateau_gflop: {_flow(plateau)}  # smallest product, 2MNK, that reaches 90 % of that")
-    rows = {}
+    rows: dict[tuple[int, int, int, str, str], Product] = {}
     for row in products:
         key = (*row.size, row.dtype, row.layout)
         if row.valid and (key not in rows or rows[key].tflops < row.tflops):  # of several libraries, the faster one
@@ -129,7 +129,8 @@ def replaced(text: str, section: str, path: Path) -> str:
     end = "\r\n" if "\r\n" in text else "\n"
     lines = text.splitlines(keepends=True)
     node = yaml.compose(text)
-    entries = [] if node is None else [(k, v) for k, v in node.value if k.value == KEY]
+    assert isinstance(node, yaml.MappingNode), "it has been parsed before"
+    entries = [(k, v) for k, v in node.value if k.value == KEY]
     new = section.replace("\n", end)
     if not entries:
         if lines and not lines[-1].endswith("\n"):
