@@ -38,14 +38,18 @@ def slots(node: Node) -> list[Slot]:
     given = (
         node.environ.get(name) if name in node.environ else node.environ.get("CUDA_VISIBLE_DEVICES") if amd else None
     )
-    if given is not None:
-        labels = [part.strip() for part in given.split(",") if part.strip() not in ("", "-1")]
-    else:
-        labels = [str(index) for index in range(len(found.gpus) or len(seen.get("devices", {}).get("devices", [])))]
+    count = len(found.gpus) or len(seen.get("devices", {}).get("devices", []))
+    if amd and given is None and "ROCR_VISIBLE_DEVICES" in node.environ:  # as Slurm sets it; HIP counts what it leaves
+        count = len(_parts(node.environ["ROCR_VISIBLE_DEVICES"]))
+    labels = _parts(given) if given is not None else [str(index) for index in range(count)]
     cpu = Slot("cpu", "cpu", {**STEADY, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""})
     # By the bus, as nvidia-smi counts; CUDA's own order puts the fastest first.
     order = {**STEADY, "CUDA_DEVICE_ORDER": node.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
     return [cpu, *(Slot(f"gpu {label}", "cuda", {**order, name: label}) for label in labels)]
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip() not in ("", "-1")]
 
 
 def work(node: Node, stages: tuple[str, ...] = STAGES) -> dict[str, Probed]:

@@ -64,7 +64,15 @@ def _probe(node: Node, stage: str) -> tuple[Path, Probed]:
     return folder, node.probe("disk", str(folder), stage) if answer.ok else Probed({}, "", answer)
 
 
-NEAREST = "import os, sys\np = sys.argv[1]\nwhile not os.path.isdir(p): p = os.path.dirname(p)\nprint(p)"
+NEAREST = """
+import os, sys
+p = sys.argv[1]
+while not os.path.isdir(p):
+    if os.path.exists(p):
+        sys.exit(f"{p} is not a folder")
+    p = os.path.dirname(p)
+print(p)
+"""
 
 
 def _trouble(probed: Probed, stage: str, folder: Path) -> Result | None:
@@ -77,7 +85,8 @@ def _trouble(probed: Probed, stage: str, folder: Path) -> Result | None:
         return failed(f"{folder}: {found['error']}", **found)
     if probed.answer.trouble:
         return failed(f"{folder} hangs: no answer within the time limit; is its file server away?")
-    return failed(f"{folder}: {probed.answer.why}")
+    said = probed.answer.err.strip()
+    return failed(said if said.endswith("is not a folder") else f"{folder}: {probed.answer.why}")
 
 
 def filesystem(node: Node, folder: Path) -> str:

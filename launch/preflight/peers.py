@@ -21,7 +21,7 @@ from typing import Any
 
 from launch.preflight import alike, report, skew
 from launch.preflight.catalogue import PEERS
-from launch.preflight.check import Result, failed, not_checked, passed, warned
+from launch.preflight.check import STATUSES, Result, failed, not_checked, passed, warned
 from launch.preflight.execute import strict
 from launch.preflight.node import Node
 from launch.preflight.session import close, examine, record
@@ -78,6 +78,8 @@ def together(options: argparse.Namespace, node: Node) -> int:
     try:
         code = _checked(options, node, peers)
     except KeyboardInterrupt:
+        if peers.rank == 0:
+            print("interrupted", file=sys.stderr)
         return 130
     return code if peers.leader else 0
 
@@ -92,6 +94,8 @@ def _checked(options: argparse.Namespace, node: Node, peers: Peers) -> int:
         content = {**record(socket.gethostname(), own.results, own.seconds, own.complete), "facts": facts}
         peers.tell(f"node/{peers.rank}", content)
         if interrupted:
+            if peers.rank == 0:
+                show_nodes([content])
             raise KeyboardInterrupt
     if peers.rank == 0:
         return _lead(options, node, peers, patience)
@@ -181,13 +185,12 @@ def labels(hosts: dict[int, str]) -> dict[int, str]:
 def show_nodes(nodes: Sequence[dict[str, Any]]) -> None:
     """A single node in full; of several, what did not pass."""
     for found in nodes:
-        results = [Result(r["status"], r["text"], r["subject"], r["values"], r["check"]) for r in found["results"]]
-        if len(nodes) > MANY:
-            results = [result for result in results if result.status in ("warn", "fail")]
-        elif len(nodes) > 1:
-            results = [result for result in results if result.status != "pass"]
-        if results:
-            report.show(f"preflight of {found['host']}", results, found["seconds"])
+        everything = [Result(r["status"], r["text"], r["subject"], r["values"], r["check"]) for r in found["results"]]
+        shown = (
+            ("warn", "fail") if len(nodes) > MANY else ("warn", "fail", "not checked") if len(nodes) > 1 else STATUSES
+        )
+        if results := [result for result in everything if result.status in shown]:
+            report.show(f"preflight of {found['host']}", results, found["seconds"], everything)
         print(flush=True)
 
 

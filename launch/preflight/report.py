@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ def console(stderr: bool = False) -> Console:
 NARROW = 72  # columns; below that a table has no room for its texts
 
 
-def show(title: str, results: Sequence[Result], seconds: float | None = None) -> None:
+def show(
+    title: str, results: Sequence[Result], seconds: float | None = None, all: Sequence[Result] | None = None
+) -> None:
+    """all: what the last line counts, where `results` are some of them."""
     out = console()
+    last = summary(results if all is None else all) + ("" if seconds is None else f" in {seconds:.1f} s")
+    results = once_each(results)
     if out.width < NARROW:
         out.print(escape(title))
         for result in results:
@@ -37,7 +43,7 @@ def show(title: str, results: Sequence[Result], seconds: float | None = None) ->
             out.print(f"[{STYLES[result.status]}]{result.status}[/] {what}: {escape(result.text)}")
     else:
         out.print(_table(title, results, out.width))
-    out.print(f"{escape(summary(results))}" + ("" if seconds is None else f" in {seconds:.1f} s"), soft_wrap=True)
+    out.print(escape(last), soft_wrap=True)
 
 
 def _table(title: str, results: Sequence[Result], width: int) -> Table:
@@ -52,6 +58,17 @@ def _table(title: str, results: Sequence[Result], width: int) -> Table:
         table.add_row(result.check if result.check != last else "", status, escape(result.subject), escape(result.text))
         last = result.check
     return table
+
+
+def once_each(results: Sequence[Result]) -> list[Result]:
+    """The same reason for not checking is written out once: without GPUs, ten checks would give it."""
+    first: dict[str, str] = {}
+    told = []
+    for result in results:
+        said = first.setdefault(result.text, result.check)
+        again = result.status == "not checked" and said != result.check
+        told.append(replace(result, text=f"as {said}") if again else result)
+    return told
 
 
 def summary(results: Sequence[Result]) -> str:

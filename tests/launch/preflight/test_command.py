@@ -294,6 +294,12 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith("True")
 
 
+def test_a_reason_is_written_out_once() -> None:
+    rows = [Result("not checked", "no GPU", check=name) for name in ("devices", "ecc", "matmul")]
+    told = report.once_each([*rows, Result("pass", "no GPU", check="x"), Result("not checked", "other", check="y")])
+    assert [result.text for result in told] == ["no GPU", "as devices", "as devices", "no GPU", "other"]
+
+
 def test_the_summary() -> None:
     results = [passed("a"), warned("b"), failed("c"), passed("d"), Result("not checked", "e")]
     assert report.summary(results) == "2 passed, 1 warning, 1 failed, 1 not checked"

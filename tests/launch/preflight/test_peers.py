@@ -153,6 +153,7 @@ def test_of_many_nodes_only_the_bad_lines_are_shown(capsys: pytest.CaptureFixtur
         peers.show_nodes((nodes * 3)[:count])
         shown[count] = capsys.readouterr().out
     assert "large enough" in shown[1] and "no cards" in shown[1]
+    assert "1 passed, 0 warnings, 1 failed, 1 not checked" in shown[3]
     assert "large enough" not in shown[3] and "no cards" in shown[3] and "broken" in shown[3]
     assert "no cards" not in shown[9] and "preflight of n1" in shown[9] and "preflight of n0" not in shown[9]
 

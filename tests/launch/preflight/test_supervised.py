@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from launch import fitness
-from launch.supervise import main
+from launch.outcome import Outcome
+from launch.supervise import main, parse
+from launch.supervisor import Supervisor
 from tests.launch.stand_ins import JOB_OF_SLURM, install
 from tests.launch.supervised import QUICK, journal, notes
 from tests.ranks import QUIET, ROOT
@@ -37,6 +39,14 @@ if os.environ.get("STAND_IN"):
     launch.fitness.unfit = unfit
 sys.exit(main())
 """
+
+
+class Asked:
+    """Requests that nobody has made."""
+
+    first = None
+    name = None
+    insistent = False
 
 
 def begin(run: Path, host: str, *options: str, stand_in: bool = True, rank: str = "0") -> subprocess.Popen[str]:
@@ -94,6 +104,27 @@ def test_a_job_of_two_hosts_does_not_start_without_one(waits: tuple[float, float
     assert notes(tmp_path) == [] and "n1: n1 has failed its preflight: disk_space: full" in said
 
 
+def test_a_failure_noted_between_the_look_around_and_the_start_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = parse(
+        ["--preflight", "--nnodes", "2", "--rdzv-endpoint", "x:1", "--host", "n0", "--", "x.py", f"run={tmp_path}"]
+    )
+    here = Supervisor(options, Asked())  # type: ignore[arg-type]
+    monkeypatch.setattr(fitness, "unfit", lambda *_: None)
+    monkeypatch.setattr(here, "_pause", lambda seconds: None)
+    monkeypatch.setattr(here, "_launch", lambda started: Outcome((), 1, 0))
+    assert here._preflight() is None
+    note = {"event": "after", "host": "n1", "supervisor": "other", "job": here.job, "decision": "stop", "code": 1,
+            "scope": "job", "why": "n1 has failed its preflight"}  # fmt: skip
+    here.journal.append(note)
+    decision = here._once()
+    assert decision is not None and (decision.action, decision.code) == ("stop", 1)
+    assert decision.why == "n1: n1 has failed its preflight"
+    # It counts for the first start only: what was noted before a later one is past.
+    assert here._once() is None
+
+
 def test_an_elastic_job_goes_on_without_it(tmp_path: Path) -> None:
     plan(tmp_path, n0=(0.0, None), n1=(0.0, "clock: 1970"))
     job = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
@@ -132,13 +163,6 @@ def test_told_to_stop_meanwhile(tmp_path: Path) -> None:
     process.terminate()
     codes, said = ends(process)
     assert codes == [75] and "stopped by SIGTERM before the first start" in said and notes(tmp_path) == []
-
-
-class Asked:
-    """Requests that nobody has made."""
-
-    first = None
-    insistent = False
 
 
 @pytest.mark.parametrize(
@@ -186,14 +210,14 @@ def test_the_real_preflight_of_a_supervised_job(tmp_path: Path) -> None:
 def test_the_option_of_the_slurm_script(tmp_path: Path) -> None:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "NCCL", "HSA"))}
     environ = {**install(tmp_path, {**ours, **QUIET}), **JOB_OF_SLURM, "SLURM_GPUS_ON_NODE": "8", "STEP_ENDS_WITH": "0"}
-    for given in ([], ["--preflight"], ["--preflight", "--ranks-per-node", "4"]):
+    for given in ([], ["--preflight", "--ranks-per-node", "4"]):
         command = ["bash", str(ROOT / "launch/slurm.sh"), *given, "configs/runs/quickstart.yaml", "run=/nowhere"]
         done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         line = json.loads((tmp_path / "srun").read_text())
         line = line[line.index("launch.supervise") : line.index("--")]
         assert ("--preflight" in line) == bool(given)
-        assert line[line.index("--nproc-per-node") + 1] == ("4" if len(given) > 1 else "8")
+        assert line[line.index("--nproc-per-node") + 1] == ("4" if given else "8")
 
 
 def test_help_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:

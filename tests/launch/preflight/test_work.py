@@ -15,7 +15,7 @@ import pytest
 from launch.preflight import compute, disk
 from launch.preflight.node import PROBES, Node, Probed
 from launch.preflight.tools import Answer, Tools
-from tests.launch.preflight.machines import ask, by_subject, node, nvidia, one, pci, sabotaged
+from tests.launch.preflight.machines import ask, by_subject, mi300x, node, nvidia, one, pci, sabotaged
 
 SMALL = 1 << 20
 
@@ -87,7 +87,7 @@ def test_memory_that_forgets(
 
 
 def test_the_device_checks_on_this_machine(tmp_path: Path) -> None:
-    of = sabotaged(tmp_path, memory=SMALL, root=tmp_path)
+    of = without_gpu(sabotaged(tmp_path, memory=SMALL, root=tmp_path))
     results = by_subject(ask(compute.CHECKS, "matmul", of))
     assert results["cpu"].status == "pass" and results["cpu"].text.startswith("exact, and the same bits 4 times;")
     assert by_subject(ask(compute.CHECKS, "memory_test", of))["cpu"].text == "1.0 MiB kept 5 patterns"
@@ -214,6 +214,23 @@ def test_each_gpu_has_a_process_that_sees_no_other(
     assert slots.pop("cpu") == "" and slots == expected
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, ["0", "1", "2", "3"]),
+        ({"ROCR_VISIBLE_DEVICES": "2,3"}, ["0", "1"]),
+        ({"HIP_VISIBLE_DEVICES": "3"}, ["3"]),
+        ({"CUDA_VISIBLE_DEVICES": "1,3"}, ["1", "3"]),
+    ],
+)
+def test_gpus_of_amd_that_a_job_may_see(environ: dict[str, str], expected: list[str], tmp_path: Path) -> None:
+    of = without_gpu(node(tmp_path, mi300x(4)))
+    of.environ = {**of.environ, **environ}
+    cpu, *gpus = compute.slots(of)
+    assert cpu.environ["HIP_VISIBLE_DEVICES"] == ""
+    assert [slot.environ["HIP_VISIBLE_DEVICES"] for slot in gpus] == expected
+
+
 # ------------------------------------------------------------------------------------------------------------------------ disks
 
 
@@ -225,6 +242,13 @@ def test_a_healthy_disk(tmp_path: Path) -> None:
     result = one(disk.CHECKS, "disk_sync", of)
     assert result.values["syncs"] >= 5 and result.values["rate"] > 0 and "fsyncs/s of 4 KiB" in result.text
     assert not (tmp_path / "not").exists() and not list(tmp_path.glob(".preflight*"))
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    of = node(tmp_path, folder=tmp_path / "file" / "run")
+    assert one(disk.CHECKS, "disk_space", of).text == f"{tmp_path}/file is not a folder"
+    assert one(disk.CHECKS, "disk_sync", of).status == "fail" and (tmp_path / "file").is_file()
 
 
 @pytest.mark.parametrize(
