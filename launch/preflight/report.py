@@ -89,11 +89,16 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """The file appears whole or not at all. Raises OSError."""
+    """A file appears whole or not at all. Raises OSError."""
+    text = json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():  # /dev/stdout and the like, which a rename would replace
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

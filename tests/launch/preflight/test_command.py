@@ -147,6 +147,15 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert code == 1 and "error: " in capsys.readouterr().err and (tmp_path / "file").read_text() == ""
 
 
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True)
+    report.write(tmp_path / "pipe", {"n": 1})
+    assert json.loads(reader.communicate(timeout=30)[0]) == {"n": 1} and (tmp_path / "pipe").is_fifo()
+    with pytest.raises(IsADirectoryError):
+        report.write(tmp_path, {})
+
+
 # ----------------------------------------------------------------------------------------------------------- running the checks
 
 
