@@ -39,6 +39,12 @@ class Clock:
             return Timing(self._on_gpu(call, self.flush if flush is None else flush))
         return Timing(self._on_cpu(call))
 
+    def seconds(self, call: float) -> float:
+        """A guess of how long timing takes for a call of `call` seconds, warm-up and all."""
+        if self.device.type == "cuda":
+            return (WARM_UPS + self.rounds) * (call + 2e-4)  # a flush takes about 200 us
+        return 2 * call + min(self.rounds * max(call, SHORTEST), self.budget + 2 * call)
+
     def _on_cpu(self, call: Callable[[], object]) -> tuple[float, ...]:
         call()
         began = time.perf_counter()

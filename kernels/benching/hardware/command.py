@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(options.threads)
     conditions = bench_report.machine(options.device) | _settings(options)
     print(bench_report.describe(conditions), flush=True)
-    for line in options.remarks:
+    for line in options.remarks + _busy(conditions):
         print(line, flush=True)
     cache = machine.cache_bytes(options.device)
     streams: list[bandwidth.Stream] = []
@@ -80,7 +80,11 @@ def main(arguments: Sequence[str]) -> int:
         print(_unwritten(options), file=sys.stderr)
         return 1
     if options.write is not None:
-        print(_write(options, conditions, rates, found, products))
+        try:
+            print(_write(options, conditions, rates, found, products))
+        except (ValueError, OSError) as error:
+            print(f"{error}{_unwritten(options)}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -100,7 +104,9 @@ def _measure(options: argparse.Namespace, streams: list, products: list) -> bool
             products.append(row)
             rate = f"{row.tflops:.3g} TFLOP/s" if row.valid else row.note
             where = f"{row.dtype} {row.m}x{row.n}x{row.k} {row.layout}"
-            progress.say(f"product {len(products)} of {len(options.tasks)}: {where} {rate}")
+            left = matmul.seconds_left(options.tasks, products, clock)
+            wait = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+            progress.say(f"product {len(products)} of {len(options.tasks)}, about {wait} left: {where} {rate}")
     except KeyboardInterrupt:
         return False
     finally:
@@ -118,12 +124,20 @@ def _write(options: argparse.Namespace, conditions: dict, rates: dict, found: di
         "commit": conditions["commit"],
     }
     gpu = options.device.type == "cuda"
+    past = not bandwidth.remark(options.arrays, machine.cache_bytes(options.device))
     total = machine.total_bytes(options.device)
-    return section.write(options.write, facts, rates, found, products, gpu=gpu, memory_bytes=total)
+    return section.write(options.write, section.Results(facts, rates, past, found, products, gpu, total))
 
 
 def _unwritten(options: argparse.Namespace) -> str:
     return "" if options.write is None else f"; {options.write} was not written"
+
+
+def _busy(conditions: dict[str, Any]) -> list[str]:
+    load, cores = conditions["load"][0], conditions["cores"] or 1
+    if conditions["device"] != "cpu" or load <= cores / 2:
+        return []
+    return [f"the machine is busy (load {load:g} on {cores} cores): rates will be too low, and not repeat"]
 
 
 def _title(conditions: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ weight [out, in]: "nt" its forward pass, "nn" the gradient of its input, "tn" th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,16 @@ def tasks(
         for layout in (("nt",) if kind.scaled else layouts)
         for library in libraries
     ]
+
+
+def seconds_left(tasks: Sequence[Task], done: Sequence[Product], clock: Clock) -> float:
+    """A guess of how long the rest of `tasks` takes, by the best rate of its dtype so far, or of any before that has one."""
+    rates: dict[str, float] = {}
+    for row in done:
+        if row.valid:
+            rates[row.dtype] = max(rates.get(row.dtype, 0.0), 1e12 * row.tflops)
+    known = min(rates.values(), default=1e12)
+    return sum(clock.seconds(2 * math.prod(t.size) / rates.get(t.kind.name, known)) for t in tasks[len(done) :])
 
 
 def measure(tasks: Sequence[Task], clock: Clock) -> Iterator[Product]:

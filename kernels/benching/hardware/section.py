@@ -10,6 +10,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +52,29 @@ def check(path: Path, device: str, gpu: bool, dtypes: Sequence[str]) -> None:
         )
 
 
-def write(
-    path: Path,
-    facts: Mapping[str, Any],
-    memory: Mapping[str, float],
-    found: Mapping[str, Ceiling],
-    products: Sequence[Product],
-    *,
-    gpu: bool,
-    memory_bytes: int,
-) -> str:
+@dataclass(frozen=True)
+class Results:
+    """What a section says.
+
+    facts: date, device, threads (None for a GPU), torch, commit. memory: GB/s by pattern; past_caches: whether arrays were
+    large enough for that. memory_bytes: of the device, for a new file.
+    """
+
+    facts: Mapping[str, Any]
+    memory: Mapping[str, float]
+    past_caches: bool
+    ceilings: Mapping[str, Ceiling]
+    products: Sequence[Product]
+    gpu: bool
+    memory_bytes: int
+
+
+def write(path: Path, results: Results) -> str:
     """Writes the section, into a new file if there is none, and returns what was done, in words.
 
-    facts: date, device, threads, torch, commit. Atomic: a reader sees the old file or the new one.
+    Atomic: a reader sees the old file or the new one. Raises ValueError where the file cannot have it, and OSError.
     """
-    section = render(facts, memory, found, products)
+    section = render(results)
     path = path.resolve()  # a link stays a link
     if path.exists():
         before = _read(path)
@@ -73,18 +82,18 @@ def write(
         old, new = _parse(before, path), _parse(text, path)
         new.pop(KEY), old.pop(KEY, None)
         assert old == new, "everything else must stay as it is"
-        done = f"wrote the section `{KEY}:` of {path}{_shares(old, memory, found)}"
+        done = f"wrote the section `{KEY}:` of {path}{_shares(old, results)}"
     else:
-        text = _new(facts, memory, found, gpu=gpu, memory_bytes=memory_bytes) + section
+        text = _new(results) + section
         _parse(text, path)
         done = f"wrote {path}: a new file, whose nominal figures are the measured ones until you put in those of the datasheet"
     _replace(path, text)
     return done
 
 
-def _shares(content: Mapping[str, Any], memory: Mapping[str, float], found: Mapping[str, Ceiling]) -> str:
+def _shares(content: Mapping[str, Any], results: Results) -> str:
     """How much of the datasheet's figures was reached, where the file has them."""
-    measured = {dtype: c.tflops for dtype, c in found.items()} | {"memory": max(memory.values(), default=0.0)}
+    measured = {dtype: c.tflops for dtype, c in results.ceilings.items()} | {"memory": max(results.memory.values())}
     keys = {"bf16": "bf16_tflops", "fp32": "fp32_tflops", "memory": "memory_bandwidth_gbs"}
     shares = [
         f"{name} {measured[name] / content[key]:.0%}"
@@ -94,21 +103,21 @@ def _shares(content: Mapping[str, Any], memory: Mapping[str, float], found: Mapp
     return f"; of its nominal figures: {', '.join(shares)}" if shares else ""
 
 
-def render(
-    facts: Mapping[str, Any], memory: Mapping[str, float], found: Mapping[str, Ceiling], products: Sequence[Product]
-) -> str:
+def render(results: Results) -> str:
+    """The section's text."""
     lines = [f"{KEY}:  # written by `python -m kernels.bench hardware --write`, which replaces this section as a whole"]
     lines += [
         f"  {name}: {value if name == 'date' else json.dumps(value)}"
-        for name, value in facts.items()
+        for name, value in results.facts.items()
         if value is not None
     ]
-    lines.append(f"  memory_gbs: {_flow({op: _round(value) for op, value in memory.items()})}  # past the caches")
-    lines.append(f"  matmul_tflops: {_flow({dtype: _round(c.tflops) for dtype, c in found.items()})}")
-    plateau = {dtype: _round(c.first_gflop) for dtype, c in found.items()}
+    past = "past the caches" if results.past_caches else "partly from the caches: larger arrays were not measured"
+    lines.append(f"  memory_gbs: {_flow({op: _round(value) for op, value in results.memory.items()})}  # {past}")
+    lines.append(f"  matmul_tflops: {_flow({dtype: _round(c.tflops) for dtype, c in results.ceilings.items()})}")
+    plateau = {dtype: _round(c.first_gflop) for dtype, c in results.ceilings.items()}
     lines.append(f"  plateau_gflop: {_flow(plateau)}  # smallest product, 2MNK, that reaches 90 % of that")
     rows: dict[tuple[int, int, int, str, str], Product] = {}
-    for row in products:
+    for row in results.products:
         key = (*row.size, row.dtype, row.layout)
         if row.valid and (key not in rows or rows[key].tflops < row.tflops):  # of several libraries, the faster one
             rows[key] = row
@@ -148,18 +157,19 @@ def replaced(text: str, section: str, path: Path) -> str:
     return "".join(lines[:first]) + new + "".join(lines[max(last, first + 1) :])
 
 
-def _new(
-    facts: Mapping[str, Any], memory: Mapping[str, float], found: Mapping[str, Ceiling], *, gpu: bool, memory_bytes: int
-) -> str:
-    device = json.dumps(facts["device"])
+def _new(results: Results) -> str:
+    missing = [dtype for dtype in ("bf16", "fp32") if dtype not in results.ceilings]
+    if missing:
+        raise ValueError(f"a new file needs bf16 and fp32, and no product in {' or '.join(missing)} ran")
+    device = json.dumps(results.facts["device"])
     return (
-        f"# {facts['device']}, as measured: no figure here is from a datasheet.\n"
+        f"# {results.facts['device']}, as measured: no figure here is from a datasheet.\n"
         f"name: {device}\n"
-        f"match: [{device if gpu else ''}]\n"
-        f"bf16_tflops: {_round(found['bf16'].tflops):g}\n"
-        f"fp32_tflops: {_round(found['fp32'].tflops):g}\n"
-        f"memory_gib: {_round(memory_bytes / 2**30):g}\n"
-        f"memory_bandwidth_gbs: {_round(max(memory.values())):g}\n\n"
+        f"match: [{device if results.gpu else ''}]\n"
+        f"bf16_tflops: {_round(results.ceilings['bf16'].tflops):g}\n"
+        f"fp32_tflops: {_round(results.ceilings['fp32'].tflops):g}\n"
+        f"memory_gib: {_round(results.memory_bytes / 2**30):g}\n"
+        f"memory_bandwidth_gbs: {_round(max(results.memory.values())):g}\n\n"
     )
 
 

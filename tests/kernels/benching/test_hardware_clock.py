@@ -68,3 +68,9 @@ def test_on_a_gpu_caches_are_overwritten_before_each_timed_call(monkeypatch: pyt
     assert len(timed.time(lambda: queue.append("call"), flush=False).samples) == 4
     assert "flush" not in queue
     assert len(Clock(device, rounds=4, budget=0.003, flush=False).time(lambda: None).samples) == 2
+
+
+def test_how_long_timing_will_take(now: list[float]) -> None:
+    timed = Clock(CPU, rounds=5, budget=2.0)
+    for seconds, wanted in ((0.001, 2 * 0.001 + 5 * 0.01), (0.1, 0.7), (3.0, 6.0 + 2.0 + 6.0)):
+        assert timed.seconds(seconds) == pytest.approx(wanted)

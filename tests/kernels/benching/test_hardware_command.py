@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from kernels import bench
 from kernels.benching.hardware import arguments, bandwidth, command, matmul, plot, progress
 from kernels.benching.hardware.clock import Clock
+from kernels.benching.hardware.dtypes import Kind
 from pretrain.estimate.hardware import read
 
 SMALL = ["hardware", "--device", "cpu", "--arrays", "4K,64K", "--sizes", "16:32", "--depths", "16,32", "--rounds", "2"]
@@ -60,6 +62,25 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(measured.matmul) == len(rows)
     assert measured.threads == torch.get_num_threads()
     assert measured.memory_gbs["add"] == pytest.approx(content["memory"]["ceilings_gbs"]["add"], rel=1e-3)
+
+
+def test_a_file_that_cannot_be_written_in_the_end_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = tmp_path / "chip.yaml"
+    multiply = Kind.multiply
+
+    def lacking(self: Kind, *operands: Any) -> torch.Tensor:
+        if self.name == "bf16":
+            raise RuntimeError("no such instruction")
+        return multiply(self, *operands)
+
+    monkeypatch.setattr(Kind, "multiply", lacking)
+    assert bench.main([*SMALL, "--write", str(chip)]) == 1
+    said = capsys.readouterr()
+    assert f"a new file needs bf16 and fp32, and no product in bf16 ran; {chip} was not written" in said.err
+    assert "did not run: no such instruction" in said.out
+    assert not chip.exists()
 
 
 def test_one_part_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,3 +268,10 @@ def test_heat_maps_hold_the_best_of_the_layouts() -> None:
             (2, 2): pytest.approx(5.0),
         },
     )
+
+
+def test_a_busy_machine_is_told() -> None:
+    busy = {"device": "cpu", "load": [1.5, 0.0, 0.0], "cores": 2}
+    (line,) = command._busy(busy)
+    assert line.startswith("the machine is busy (load 1.5 on 2 cores)")
+    assert command._busy(busy | {"cores": 8}) == command._busy(busy | {"device": "NVIDIA H200"}) == []

@@ -153,3 +153,12 @@ def test_dtypes_have_their_own_ceilings() -> None:
     rows = [product(64, 64, 64, 2.0), product(64, 64, 64, 1.0, "fp32"), product(64, 64, 64, 9.0, "fp32", note="WRONG")]
     found = plateau.ceilings(rows)
     assert {name: c.tflops for name, c in found.items()} == {"bf16": pytest.approx(2.0), "fp32": pytest.approx(1.0)}
+
+
+def test_the_time_that_is_left() -> None:
+    tasks = matmul.tasks(_kinds("fp32", "bf16"), ["nn"], [(100, 100, 100), (1000, 1000, 1000)], ["default"])
+    clock = Clock(CPU, 5)
+    done = [product(100, 100, 100, 0.02, "fp32", "nn")]
+    # 2 GFLOP at 0.02 TFLOP/s take 0.1 s, timed in 0.7 s; bf16 is guessed at the same rate: 0.7 s and 2 x 0.1 ms + 50 ms.
+    assert matmul.seconds_left(tasks, done, clock) == pytest.approx(0.7 + 0.7 + 0.0502)
+    assert matmul.seconds_left(tasks, [product(100, 100, 100, 1.0)] * 4, clock) == 0.0

@@ -11,6 +11,7 @@ import pytest
 from kernels.benching.hardware import section
 from kernels.benching.hardware.matmul import Product
 from kernels.benching.hardware.plateau import ceilings
+from kernels.benching.hardware.section import Results
 from pretrain.estimate.hardware import FOLDER, read
 from tests.kernels.benching.hardware_rows import product
 
@@ -25,10 +26,14 @@ ROWS = [
 ]
 
 
-def _write(path: Path, rows: list[Product] | None = None, facts: dict | None = None, *, gpu: bool = True) -> str:
+def _results(rows: list[Product] | None = None, **changes: object) -> Results:
     rows = ROWS if rows is None else rows
-    facts = FACTS if facts is None else facts
-    return section.write(path, facts, MEMORY, ceilings(rows), rows, gpu=gpu, memory_bytes=192 * 2**30)
+    given = {"facts": FACTS, "past_caches": True, "gpu": True, **changes}
+    return Results(memory=MEMORY, ceilings=ceilings(rows), products=rows, memory_bytes=192 * 2**30, **given)  # type: ignore[arg-type]
+
+
+def _write(path: Path, rows: list[Product] | None = None, **changes: object) -> str:
+    return section.write(path, _results(rows, **changes))
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_what_stands_around_the_section_stays(old: str, end: str, tmp_path: Path
     _write(path)
     with path.open(newline="") as file:
         text = file.read()
-    new = section.render(FACTS, MEMORY, ceilings(ROWS), ROWS)
+    new = section.render(_results())
     assert text == (before + new + after).replace("\n", end)
 
 
@@ -107,7 +112,7 @@ def test_the_section_at_the_end_of_a_file_without_a_last_line_end(tmp_path: Path
         path.write_text("name: X" + old)
         _write(path)
         joint = "\n" if old else "\n\n"
-        assert path.read_text() == f"name: X{joint}{section.render(FACTS, MEMORY, ceilings(ROWS), ROWS)}"
+        assert path.read_text() == f"name: X{joint}{section.render(_results())}"
 
 
 def test_a_link_stays_a_link(mi300x: Path, tmp_path: Path) -> None:
@@ -170,3 +175,10 @@ def test_a_file_in_one_line_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not begin a line"):
         _write(path)
     assert path.read_text() == "{name: X, measured: {device: Y}}\n"
+
+
+def test_arrays_that_caches_hold_are_told(mi300x: Path) -> None:
+    _write(mi300x)
+    assert "copy: 4330, triad: 4123}  # past the caches\n" in mi300x.read_text()
+    _write(mi300x, past_caches=False)
+    assert "copy: 4330, triad: 4123}  # partly from the caches: larger arrays were not measured\n" in mi300x.read_text()
