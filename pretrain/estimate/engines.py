@@ -143,7 +143,8 @@ def _bucketed(axis: str, what: str, elements: Sequence[float]) -> Iterator[Send]
 # --------------------------------------------------------------------------------------------------------------- DeepSpeed
 
 ALIGNMENT = 2  # elements a rank, to which ZeRO's flat groups are filled up
-DEEPSPEED_BUCKET = 500_000_000  # elements, as DeepSpeed has it where a configuration says nothing
+REDUCED = 500_000_000  # elements that are reduced at a time: DeepSpeed's own default, as is the next
+LIVE = 1_000_000_000  # elements that stage 3 holds whole at a time, and for which it waits for their next use
 
 
 def _flat_groups(groups: Sequence[Group], ranks: int) -> list[int]:
@@ -160,29 +161,31 @@ def _flat_groups(groups: Sequence[Group], ranks: int) -> list[int]:
 def _deepspeed_state(config: DeepSpeedConfig, grid: Grid, groups: Sequence[Group], micro_batches: int) -> State:
     ranks = grid.world
     spread = sum(part.elements * group.count for group in groups for part in group.parts if part.spread)
-    scratch = 0.0
+    scratch = BYTES * sum(_flat_groups(groups, ranks)) / ranks
     if config.stage == 3:
         own = sum(-(-part.elements // ranks) * group.count for group in groups for part in group.parts)
         persistent = sum(
             part.elements * group.count for group in groups for part in group.parts if part.elements < config.keep_whole
         )
-        units = [sum(part.elements for part in group.parts) for group in groups]
+        whole = sum(part.elements * group.count for group in groups for part in group.parts)
         # Shards, whole small parameters, and the optimizer's own fp32 copy of the shards.
         weights = BYTES * (2 * own + persistent)
-        gradients, unit, elements = BYTES * own, BYTES * max(units), own
+        gradients, elements = BYTES * own, own
+        live = float(BYTES * min(LIVE, whole - persistent))
     else:
         flat = sum(_flat_groups(groups, ranks))
         own = flat // ranks
         weights = BYTES * (flat + own + spread)
         gradients = BYTES * ((flat if config.stage == 1 else own) + spread)
-        unit, elements = 0.0, own + spread
+        live, elements = 0.0, own + spread
     optimizer = 2.0 * BYTES * (own + spread)
     if config.offload != "none":  # in the host's memory
         optimizer, weights = 0.0, weights - BYTES * own
         gradients = 0.0 if config.stage > 1 else gradients
         if config.offload == "parameters":
             weights -= BYTES * own
-    return State(elements, weights, gradients, optimizer, 0.0, unit, scratch, micro_batches == 1 and config.stage == 1)
+    live += BYTES * REDUCED * (2 if config.overlap_comm else 1)  # one buffer of fixed size
+    return State(elements, weights, gradients, optimizer, live, 0.0, scratch, False)
 
 
 def _deepspeed_sends(
@@ -191,30 +194,38 @@ def _deepspeed_sends(
     ranks = grid.world
     if ranks == 1:
         return
-    times = 1 if config.stage == 1 else micro_batches
     if config.stage < 3:
         elements = sum(part.elements * group.count for group in groups for part in group.parts if not part.spread)
-        calls = -(-elements // DEEPSPEED_BUCKET)
-        yield Send("world", "all_reduce", "gradients", BYTES * elements / calls, calls * times, config.overlap_comm)
+        calls, times = -(-elements // REDUCED), 1 if config.stage == 1 else micro_batches
+        hidden = config.overlap_comm
+        yield Send("world", "all_reduce", "gradients", BYTES * elements / calls, calls * times, hidden)
         for size in _flat_groups(groups, ranks):
             yield Send("world", "all_gather", "parameters", BYTES * size, 1, False)
+        yield Send("world", "all_reduce", "gradient norm and its faults", 4.0, 2, False)
         return
+    every = sum(_partitioned(part, ranks) * group.count for group in groups for part in group.parts)
     for group in groups:
-        whole = sum(-(-part.elements // ranks) * ranks for part in group.parts if part.elements >= config.keep_whole)
-        all_ = sum(-(-part.elements // ranks) * ranks for part in group.parts)
-        if whole:
-            yield Send(
-                "world", "all_gather", f"parameters, {group.what}", BYTES * whole, 2 * micro_batches * group.count, True
-            )
-        yield Send(
-            "world",
-            "reduce_scatter",
-            f"gradients, {group.what}",
-            BYTES * all_,
-            times * group.count,
-            config.overlap_comm,
-        )
-        if all_ > whole:
-            yield Send(
-                "world", "all_gather", f"small parameters, {group.what}", BYTES * (all_ - whole), group.count, False
-            )
+        large = sum(_partitioned(part, ranks) for part in group.parts if part.elements >= config.keep_whole)
+        # What is used again soon stays: of a large model, all but the last layers are gathered once more.
+        passes = 1 + max(0.0, 1 - LIVE / 2 / every)
+        if large:
+            times = passes * micro_batches * group.count
+            yield Send("world", "all_gather", f"parameters, {group.what}", BYTES * large, times, True)
+    calls = -(-every // REDUCED)
+    yield Send(
+        "world", "reduce_scatter", "gradients", BYTES * every / calls, calls * micro_batches, config.overlap_comm
+    )
+    small = sum(
+        _partitioned(part, ranks) * group.count
+        for group in groups
+        for part in group.parts
+        if part.elements < config.keep_whole
+    )
+    if small:
+        yield Send("world", "all_gather", "small parameters", BYTES * small, 1, False)
+    yield Send("world", "all_reduce", "gradient norm and its faults", 8.0, 2, False)
+
+
+def _partitioned(part: Part, ranks: int) -> int:
+    """Elements of a parameter that ZeRO has cut into equal parts."""
+    return -(-part.elements // ranks) * ranks

@@ -73,7 +73,10 @@ class Traced:
         return Measured(**{name: self._at(tokens, (getattr(one, name), getattr(two, name))) for name in names})
 
     def messages(self, tokens: int) -> list[Message]:
-        return [replace(a, bytes=self._at(tokens, (a.bytes, b.bytes))) for a, b in zip(*self.sent, strict=True)]
+        return [
+            replace(a, bytes=self._at(tokens, (a.bytes, b.bytes)), wide=self._at(tokens, (a.wide, b.wide)))
+            for a, b in zip(*self.sent, strict=True)
+        ]
 
     def products(self, tokens: int) -> list[Product]:
         return [a._replace(rows=self._at(tokens, (a.rows, b.rows))) for a, b in zip(*self.multiplied, strict=True)]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.engines import TorchConfig
+from parallel.engines import DeepSpeedConfig, TorchConfig
 from parallel.layout import local
 from parallel.mesh import Mesh
 from parallel.processes import Processes
@@ -72,6 +74,24 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _reductions(whole: list[int]) -> Iterator[None]:
+    """Bytes of the whole gradients that FSDP2 reduces: they have been there since the first micro-batch."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    real = group.foreach_reduce
+
+    def reduce(parameters: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
+        whole.append(sum(gradient.numel() * gradient.element_size() for gradient in gradients))
+        return real(parameters, gradients, *args, **kwargs)
+
+    group.foreach_reduce = reduce
+    try:
+        yield
+    finally:
+        group.foreach_reduce = real
+
+
 def _bytes(tensors: Any) -> int:
     """Of the storages behind the tensors, each once."""
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in map(local, tensors) if t.numel()}
@@ -90,15 +110,39 @@ def step(rank: int, world: int, raw: dict[str, Any]) -> Seen:
     engine.forward_backward(rows, 100.0, context)
     engine.step(1e-3)
     wire = Wire()
-    with wire:
+    whole: list[int] = []
+    if isinstance(config.engine, DeepSpeedConfig):
+        real = engine.backward
+
+        def backward(loss: Tensor, last: bool) -> None:
+            if last:
+                whole.append(_bytes([p.grad for p in engine.model.parameters() if p.grad is not None]))
+            real(loss, last)
+
+        engine.backward = backward  # type: ignore[method-assign]
+    with wire, _reductions(whole):
         engine.forward_backward(rows, 100.0, context)
-    gradients: list[Tensor] = [p.grad for p in engine.model.parameters() if p.grad is not None]
-    weighed = _bytes(gradients)
+    weighed = _gradients(engine, config, whole, len(rows))
     with wire:
         engine.step(1e-3)
     weights, optimizer = _state(engine, config)
     messages = {key: (wire.calls[key], wire.bytes[key]) for key in wire.calls}
     return Seen(weights, weighed, optimizer, messages)
+
+
+def _gradients(engine: Any, config: RunConfig, whole: list[int], micro_batches: int) -> int:
+    if isinstance(config.engine, DeepSpeedConfig):
+        if config.engine.stage == 1:
+            return whole[0]
+        if config.engine.stage == 2:
+            found = [t for each in engine.zero.averaged_gradients.values() for t in each]
+        else:
+            found = list(engine.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values())
+        return sum(t.numel() * t.element_size() for t in found)
+    gradients: list[Tensor] = [p.grad for p in engine.model.parameters() if p.grad is not None]
+    if whole and micro_batches > 1 and not config.engine.reduce_each_micro_batch:
+        return sum(whole) + _bytes([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
+    return _bytes(gradients)
 
 
 def _state(engine: Any, config: RunConfig) -> tuple[int, int]:

@@ -29,6 +29,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "layers": ["c + e x3"],
         "block": {"residual_scaling": True},
     },
+    "every expert": {  # whose loads are even
+        "mixers": {"c": {"kind": "cca", "heads": 4, "kv_heads": 2, "head_dim": 16}},
+        "ffns": {"e": {"kind": "zaya_moe", "experts": 4, "top_k": 4, "hidden": 64, "router_width": 32}},
+        "layers": ["c + e x2"],
+    },
     "gla": {
         "mixers": {"l": {"kind": "gla", "heads": 2}},
         "ffns": {"s": {"kind": "swiglu", "hidden": 160}},

@@ -1,0 +1,52 @@
+"""The memory of activations, as counted against the bytes that are really alive in a step on a CPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.recompute import Recompute, apply_recompute
+from pretrain.config import RunConfig
+from pretrain.estimate.layout import rank_costs
+from pretrain.estimate.memory import Memory
+from pretrain.estimate.model import ModelCosts
+from pretrain.model.decoder import Decoder
+from tests.pretrain.estimate.settings import batches, config
+
+SIX = ("attention moe", "gated delta net", "zaya", "gla", "union hourglass", "mamba2")
+
+
+def lived(run: RunConfig) -> int:
+    """The most bytes at a time, besides parameters, in the forward and backward passes of a step."""
+    torch.manual_seed(0)
+    model = Decoder(run.model).train()
+    apply_recompute(list(model.layers()), run.train.recompute)
+    bf16 = run.train.precision == "bf16"
+    rows = batches(run)
+    total = 0
+    with Memory() as memory:
+        memory.ignore([*model.parameters(), *model.buffers()])
+        for batch in rows:
+            context: Any = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+            with context:
+                loss = model(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens)
+            (loss / 100).backward()
+            total = memory.peak
+    return total
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", SIX)
+def test_peak(name: str, precision: str, recompute: Recompute) -> None:
+    run = config(
+        name,
+        width=128,
+        length=512,
+        train={"precision": precision, "recompute": recompute, "micro_batch": 2, "batch": 2},
+    )
+    costs = rank_costs(ModelCosts.of(run), run, run.mesh.grid(1))
+    assert costs.activations == pytest.approx(lived(run), rel=0.05)
