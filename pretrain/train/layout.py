@@ -37,16 +37,21 @@ def check(config: RunConfig, world: int) -> Grid:
 
 def check_model(config: RunConfig, grid: Grid, model: Decoder) -> None:
     """What `check` asks after the batch. model: the whole one, on the meta device perhaps. Raises ValueError."""
-    _check_engine(config, grid)
-    length = config.data.sequence_length * config.train.micro_batch
+    check_engine(config, grid)
     if grid.pp > 1:
-        _check_pipeline(config, model, grid)
+        check_pipeline(config, model, grid)
+    check_cuts(config, grid, model)
+
+
+def check_cuts(config: RunConfig, grid: Grid, model: Decoder) -> None:
+    """Whether the model can be cut over tp, ep and cp. Raises ValueError."""
+    length = config.data.sequence_length * config.train.micro_batch
     check_tensor(model, grid.tp, length, grid.cp)
     check_experts(model, grid.ep, grid.tp, grid.expert_tensor)
     check_context(model, grid.cp, length)
 
 
-def _check_engine(config: RunConfig, grid: Grid) -> None:
+def check_engine(config: RunConfig, grid: Grid) -> None:
     if config.engine.kind == "deepspeed":
         config.engine.check(grid, config.train.compile)
 
@@ -67,7 +72,8 @@ def check_batch(config: RunConfig, grid: Grid) -> None:
         )
 
 
-def _check_pipeline(config: RunConfig, model: Decoder, grid: Grid) -> None:
+def check_pipeline(config: RunConfig, model: Decoder, grid: Grid) -> None:
+    """Whether the schedule can run these stages and micro-batches. Raises ValueError."""
     assert config.engine.kind == "torch"  # others have refused
     if config.engine.reduce_each_micro_batch:
         raise ConfigError(

@@ -1,0 +1,100 @@
+"""What a job would be like: one configuration on one grid, in bytes and seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from launch.plan.chip import Chip
+from launch.plan.source import Question, with_
+from launch.plan.step_time import StepTime, step_time
+from parallel.grid import Grid
+from pretrain.config import RunConfig
+from pretrain.estimate.costs import RankCosts
+from pretrain.estimate.layout import rank_costs
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """room: bytes of a device that the job may use. tokens: of the whole run."""
+
+    config: RunConfig
+    grid: Grid
+    costs: RankCosts
+    time: StepTime
+    chip: Chip
+    room: float
+    tokens: float
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.config.train.batch * self.config.data.sequence_length
+
+    @property
+    def tokens_a_second(self) -> float:
+        return self.tokens_a_step / self.time.seconds
+
+    @cached_property
+    def flops(self) -> float:
+        """Useful FLOPs of a step, of all ranks."""
+        return self.grid.world / len(self.costs.stages) * sum(stage.flops for stage in self.costs.stages)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the nominal matrix rate."""
+        return self.flops / (self.time.seconds * self.grid.world * self.chip.nominal)
+
+    @property
+    def mfu_ceiling(self) -> float:
+        """Share of what the best matrix product reaches."""
+        return self.mfu * self.chip.nominal / self.chip.ceiling
+
+    @property
+    def days(self) -> float:
+        """Of the run's tokens, without failures."""
+        return self.tokens / self.tokens_a_second / 86400.0
+
+    @property
+    def excess(self) -> float:
+        """Bytes by which the fullest rank does not fit; below zero: what stays free."""
+        return self.costs.peak - self.room
+
+    @property
+    def fits(self) -> bool:
+        return self.excess <= 0.0
+
+
+@dataclass
+class Planner:
+    """Forecasts for one model and one kind of cluster, for any configuration of them."""
+
+    question: Question
+    _chips: dict[str, Chip] = field(default_factory=dict)
+    _kept: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    def chip(self, precision: str) -> Chip:
+        if precision not in self._chips:
+            self._chips[precision] = Chip.of(self.question.hardware, precision, self.question.efficiency)
+        return self._chips[precision]
+
+    def room(self, precision: str) -> float:
+        return self.chip(precision).memory * (1.0 - self.question.headroom)
+
+    def costs(self, config: RunConfig, grid: Grid) -> RankCosts:
+        return rank_costs(self.question.model, config, grid, self.question.node)
+
+    def forecast(self, config: RunConfig, grid: Grid, costs: RankCosts | None = None) -> Forecast:
+        """The grid must be legal for the configuration (legal.py). costs: what `costs` gave, if it has been asked."""
+        question, chip = self.question, self.chip(config.train.precision)
+        costs = costs or self.costs(config, grid)
+        time = step_time(costs, config, chip, question.fabric, self.kept(config, grid), question.overlap)
+        return Forecast(config, grid, costs, time, chip, self.room(config.train.precision), question.tokens)
+
+    def kept(self, config: RunConfig, grid: Grid) -> float:
+        """Bytes that a micro-batch's forward pass through all layers keeps on a rank, if nothing is computed again."""
+        key = (grid.cp, grid.tp, grid.ep, grid.expert_tensor, config.train.micro_batch, config.train.precision)
+        if key not in self._kept:
+            plain = with_(config, train={"recompute": "none"}, mesh={"pp": 1, "pp_layers": None, "pp_virtual": None})
+            self._kept[key] = self.costs(plain, replace(grid, pp=1)).activations
+        return self._kept[key]
