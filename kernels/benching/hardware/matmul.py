@@ -201,9 +201,7 @@ class _Operands:
         found = self.stores.get((name, dtype))
         if found is None or found.numel() < length:
             self.stores = {key: store for key, store in self.stores.items() if key[1] == dtype and key[0] != name}
-            seed = (
-                1 if name == "a" else 2
-            )  # else both operands are one matrix, and products of it with itself are special
+            seed = 1 if name == "a" else 2  # else a square product would be one of a matrix with itself
             generator = torch.Generator(self.device).manual_seed(seed)
             # Up to the next power of two, so that a sweep of growing sizes fills it few times.
             found = torch.empty(1 << (length - 1).bit_length(), dtype=dtype, device=self.device)

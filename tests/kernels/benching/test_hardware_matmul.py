@@ -114,6 +114,41 @@ def test_unknown_dtypes_and_those_that_a_cpu_lacks() -> None:
         dtypes.kind("tf32", CPU)
 
 
+def test_tf32_is_fp32_storage_at_a_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [(8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    found = dtypes.kind("tf32", torch.device("cuda"))
+    assert (found.storage, found.precision) == (torch.float32, "high")
+    assert dtypes.kind("fp32", torch.device("cuda")).precision == "highest"
+    capability[0] = (7, 5)
+    with pytest.raises(ValueError, match="tf32"):
+        dtypes.kind("tf32", torch.device("cuda"))
+    capability[0] = (9, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(ValueError, match="tf32"):
+        dtypes.kind("tf32", torch.device("cuda"))
+
+
+def test_fp8_is_the_variant_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtypes, "_probe", lambda fp8, device: None)
+    for name, storage in (
+        ("gfx942", torch.float8_e4m3fnuz),
+        ("gfx950", torch.float8_e4m3fn),
+        ("sm90", torch.float8_e4m3fn),
+    ):
+        monkeypatch.setattr(dtypes, "architecture", lambda device, name=name: name)
+        assert dtypes.kind("fp8", torch.device("cuda")).storage == storage
+
+
+def test_a_device_without_fp8_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*operands: object, **more: object) -> Tensor:
+        raise RuntimeError("compute capability is too low\nat some line")
+
+    monkeypatch.setattr(torch, "_scaled_mm", absent)
+    with pytest.raises(ValueError, match=r"torch has no fp8 product for this device \(compute capability is too low\)"):
+        dtypes.kind("fp8", CPU)
+
+
 def test_fp32_products_are_exact_whatever_the_process_had_set() -> None:
     torch.set_float32_matmul_precision("medium")
     try:

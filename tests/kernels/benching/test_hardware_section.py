@@ -79,7 +79,10 @@ def test_a_second_measurement_replaces_the_first(mi300x: Path) -> None:
 
 
 def test_the_faster_library_of_a_shape_is_kept(mi300x: Path) -> None:
-    _write(mi300x, [product(64, 64, 64, 1.0, library="cublas"), product(64, 64, 64, 2.0, library="cublaslt")])
+    _write(
+        mi300x,
+        [product(64, 64, 64, rate, library=name) for name, rate in (("ck", 1.0), ("hipblaslt", 2.0), ("hipblas", 1.5))],
+    )
     assert read(mi300x).measured.matmul == [(64, 64, 64, "bf16", "nt", 2.0)]  # type: ignore[union-attr]
 
 
