@@ -52,14 +52,12 @@ class Need(NamedTuple):
 class Work:
     """One collective on buffers of its own, ready to be called.
 
-    inputs: to be filled before a checked call. outputs: what it leaves. share: how much of a call one message is (half
-    of a there-and-back).
+    inputs: to be filled before a checked call. outputs: what it leaves.
     """
 
     call: Callable[[], object]
     inputs: list[Piece] = field(default_factory=list)
     outputs: list[Piece] = field(default_factory=list)
-    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ class Case:
 class Operation:
     """definition: the op of parallel/fabric whose busbw factor counts. shards: whether S is cut into one shard a rank.
 
-    native: whether torch's own form is in place; places: which forms there are (in place: True).
+    native: whether torch's own form is in place; places: which forms there are (in place: True). share: how much of a call
+    one message is (half of a there-and-back).
     """
 
     name: str
@@ -100,6 +99,7 @@ class Operation:
     native: bool = False
     places: tuple[bool, ...] = (False, True)
     least_ranks: int = 1
+    share: float = 1.0
 
     @property
     def moves(self) -> bool:
@@ -220,7 +220,7 @@ def _pairs(case: Case, send: Tensor, receive: Tensor) -> Work:
     ranks, place, group = case.team.ranks, case.team.place, case.team.group
     partner = place ^ 1
     if partner >= len(ranks):  # the last of an odd number
-        return Work(lambda: None, share=0.5)
+        return Work(lambda: None)
     other = ranks[partner]
 
     def lead() -> None:
@@ -231,7 +231,7 @@ def _pairs(case: Case, send: Tensor, receive: Tensor) -> Work:
         dist.recv(receive, other, group=group)
         dist.send(send, other, group=group)
 
-    return Work(lead if place < partner else follow, [Piece(send, place)], [Piece(receive, partner)], share=0.5)
+    return Work(lead if place < partner else follow, [Piece(send, place)], [Piece(receive, partner)])
 
 
 def _barrier(case: Case, send: Tensor, receive: Tensor) -> Work:
@@ -310,6 +310,7 @@ _ALL = (
         aliases=("sendrecv_pairs", "pairwise", "ping_pong"),
         places=(False,),
         least_ranks=2,
+        share=0.5,
     ),
     Operation("barrier", "every rank waits for all", lambda case: Need(0, 0), _barrier, places=(False,)),
 )

@@ -100,7 +100,7 @@ def beside(bench: Bench, task: Task, product: Product) -> Iterator[tuple[Row, Be
         buffers = bench.buffers(task, case)
         assert buffers is not None, "the row was measured with them"
         work = task.operation.prepare(case, *buffers)
-        share = 0.5 if task.operation.name == "send_recv_pairs" else 1.0  # of a call, on idle ranks too
+        share = bench.share(task)
         collective, matmul = row.microseconds / share, _alone(bench, task, product)
         slices: tuple[float | None, float | None] = (None, None)
         if task.team.works:

@@ -119,20 +119,26 @@ class Bench:
             return KEPT * (torch.cuda.mem_get_info(self.device)[0] + cached)
         return KEPT * psutil.virtual_memory().available / self.ranks_here
 
-    def clock(self, task: Task, work: Work) -> tuple[Clock, float]:
-        """(clock, share of one of its iterations that one message is)."""
+    def clock(self, task: Task, work: Work) -> Clock:
         team, isolated = task.team, self.plan.isolated
         meet = self.meet if isolated else None
         if not team.works:
-            return idle_clock(isolated, meet), 1.0
-        if self.device.type == "cpu" or not task.operation.moves:  # a barrier holds up the host, on GPUs too
-            return host_clock(work.call, isolated, meet), work.share
+            return idle_clock(isolated, meet)
+        if not self._on_device(task):
+            return host_clock(work.call, isolated, meet)
         stream = self.launch.side_stream()
         if self.launch.graph:
             assert stream is not None
-            replay = captured(work.call, self.launch.graph, stream)
-            return event_clock(replay, stream, isolated, meet), work.share / self.launch.graph
-        return event_clock(work.call, stream, isolated, meet), work.share
+            return event_clock(captured(work.call, self.launch.graph, stream), stream, isolated, meet)
+        return event_clock(work.call, stream, isolated, meet)
+
+    def share(self, task: Task) -> float:
+        """How much of an iteration of the clock one message is. The same on all ranks."""
+        graph = self.launch.graph if self._on_device(task) else 0
+        return task.operation.share / max(1, graph)
+
+    def _on_device(self, task: Task) -> bool:
+        return self.device.type == "cuda" and task.operation.moves  # a barrier holds up the host, on GPUs too
 
     def meet(self) -> None:
         """All ranks of the job, also those that only wait."""
@@ -144,10 +150,8 @@ class Bench:
             pattern.fill(piece.tensor, self._table(task, piece.source, 0), piece.offset)
         checks = self.check and task.operation.moves
         wrong = self._wrong(task, case, work, 0) if checks else None
-        clock, share = self.clock(task, work)
-        # Idle ranks know no share; the others agree on it by taking the largest.
-        share = self.control.maxima([share if task.team.works else 0.0])[0]
-        taken = [time * share for time in measure(clock, self.control, self.plan)]
+        share = self.share(task)
+        taken = [time * share for time in measure(self.clock(task, work), self.control, self.plan)]
         if wrong is not None:
             wrong += self._wrong(task, case, work, 1)
         return self._filled(task, case, taken, wrong)

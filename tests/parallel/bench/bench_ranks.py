@@ -65,6 +65,21 @@ def with_fault(rank: int, world: int, fault: str, path: str, *arguments: str) ->
     return read(rank, world, path, *arguments)
 
 
+def without_collectives(rank: int, world: int, path: str, *arguments: str) -> tuple[Answer, dict[str, Any]]:
+    """The command, while torch's collectives on the measured groups do nothing (on our own control they work)."""
+    for name in (
+        "all_reduce", "reduce", "broadcast", "all_to_all_single", "all_gather_single", "all_gather_into_tensor",
+        "reduce_scatter_single", "reduce_scatter_tensor", "send", "recv",
+    ):  # fmt: skip
+        real = getattr(dist, name, None)
+        if real is not None:
+            setattr(
+                dist, name, lambda *given, real=real, **options: None if "group" in options else real(*given, **options)
+            )
+    dist.batch_isend_irecv = lambda operations: []
+    return read(rank, world, path, *arguments)
+
+
 def told_to_stop(rank: int, world: int, path: str, *arguments: str) -> tuple[Answer, dict[str, Any]]:
     """The command, while only the last rank gets a SIGTERM, in its 30th collective."""
     real = dist.all_reduce
@@ -96,6 +111,23 @@ def slow_rank(rank: int, world: int, seconds: float) -> list[float]:
     with Stop() as stop:
         bench = Bench(Control(processes, stop), Plan(warmup=1, iterations=3), Launch(), "gloo")
         (row,) = bench.rows(Task(team, OPERATIONS["barrier"], "fp32", (False,), ()))
+    return [row.min, row.microseconds]
+
+
+def slow_messages(rank: int, world: int, seconds: float) -> list[float]:
+    """Times of a message there and back, each way of which takes so long."""
+    processes = join("cpu")
+    (team,) = teams([Shape("world", world)], rank, world, False, processes.timeout)
+    real = dist.send
+
+    def late(*given: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return real(*given, **options)
+
+    dist.send = late
+    with Stop() as stop:
+        bench = Bench(Control(processes, stop), Plan(warmup=1, iterations=5), Launch(), "gloo")
+        (row,) = bench.rows(Task(team, OPERATIONS["send_recv_pairs"], "fp32", (False,), (64,)))
     return [row.min, row.microseconds]
 
 

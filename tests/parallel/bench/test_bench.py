@@ -109,6 +109,17 @@ def test_a_wrong_collective_is_flagged(fault: str, op: str, wrong: int | None, t
     assert result["complete"]
 
 
+def test_a_collective_that_does_nothing_is_flagged_for_every_op_and_place(tmp_path: Path) -> None:
+    arguments = (*QUICK, "all", "--sizes", "4K", "--place", "both")
+    answers = run_ranks(bench_ranks.without_collectives, 2, str(tmp_path / "a.json"), *arguments)
+    (code, _, _), result = answers[0]
+    assert code == 1
+    rows = [row for row in result["rows"] if row["op"] != "barrier"]
+    assert len(rows) == 14
+    for row in rows:  # a quarter of the elements at least (the shards that a rank has anyway are right)
+        assert row["wrong"] > row["bytes"] / 4 / 4, row
+
+
 def test_without_a_check_nothing_is_claimed(tmp_path: Path) -> None:
     (row,) = rows_of(2, tmp_path / "a.json", "all_reduce", "--sizes", "4K", "--no-check")
     assert row["wrong"] is None
@@ -117,6 +128,11 @@ def test_without_a_check_nothing_is_claimed(tmp_path: Path) -> None:
 def test_the_time_is_that_of_the_last_rank() -> None:
     for least, mean in run_ranks(bench_ranks.slow_rank, 2, 0.05):
         assert 50_000 <= least <= mean < 500_000
+
+
+def test_the_time_of_a_pair_is_that_of_one_way() -> None:
+    for least, _ in run_ranks(bench_ranks.slow_messages, 2, 0.1):
+        assert 100_000 <= least < 190_000
 
 
 def test_overlap_measures_both_alone_and_beside_each_other(tmp_path: Path) -> None:
