@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import delta_rule, gated_linear_attention, selective_scan
+from kernels import delta_rule, gated_linear_attention, selective_scan, short_convolution
 from kernels.architecture import assume
 from kernels.dispatch import Form, Request, interpreting
 from kernels.offline.choice import choosing
 from pretrain.estimate.memory import Memory, outside
 
 TOKENS = 128  # a multiple of every form's chunk
+MOST = 1 << 21  # elements of the inputs of a run on a CPU
 GPU = "sm90"  # whose Triton kernels stand for those of all GPUs: what they keep does not depend on it
 
 
@@ -43,79 +44,124 @@ HEADS: dict[Callable[..., Any], tuple[int | None, ...]] = {
     delta_rule: (2, 2, 2, 2, 2),
     gated_linear_attention: (2, 2, 2, 2),
     selective_scan: (2, 2, 0, None, None, 0),
+    short_convolution: (2, 0, 0),
 }
 
 
 @dataclass(frozen=True)
-class Kept:
-    """inputs: which of the inputs are kept as they are. The rest, in bytes, for a number of tokens and heads or channels."""
+class Grows:
+    """A number of bytes for so many tokens and so many groups of heads: the fewest heads that an operator can be called with."""
 
-    inputs: tuple[bool, ...]
     constant: float
     per_token: float
-    per_head: float
+    per_group: float
     per_both: float
 
-    def extra(self, tokens: int, heads: float) -> int:
-        """heads: groups of heads, as many as make up the smallest call with the same numbers of key and value heads."""
-        return round(self.constant + self.per_token * tokens + (self.per_head + self.per_both * tokens) * heads)
+    @classmethod
+    def through(cls, one: int, more_groups: int, more_tokens: int, both: int) -> Grows:
+        """From runs with TOKENS or twice as many, and one group or two."""
+        per_both = (both - more_tokens - more_groups + one) / TOKENS
+        per_token, per_group = (more_tokens - one) / TOKENS - per_both, more_groups - one - per_both * TOKENS
+        return cls(one - per_token * TOKENS - per_group - per_both * TOKENS, per_token, per_group, per_both)
+
+    def __call__(self, tokens: int, groups: int) -> int:
+        number = self.constant + self.per_token * tokens + (self.per_group + self.per_both * tokens) * groups
+        return max(0, round(number))
+
+
+class Ran(NamedTuple):
+    """A small run: which inputs are kept as they are; bytes of what else is kept, and of what is needed for a moment in the
+    forward and in the backward pass; the output."""
+
+    inputs: tuple[bool, ...]
+    extra: int
+    forward: int
+    backward: int
+    output: Like
 
 
 class Stand(torch.autograd.Function):
     """Stands for an operator: gives `output`, keeps what the operator would, and hands back gradients. No arithmetic.
 
-    keeps: which inputs are kept; extra: bytes besides; of_output: whether the output is kept.
+    keeps: which inputs are kept; extra: bytes besides; scratch: for a moment, in the forward and in the backward pass; of_output:
+    whether the output is kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Like, keeps: Sequence[bool], extra: int, of_output: bool, *inputs: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        output: Like,
+        keeps: Sequence[bool],
+        extra: int,
+        scratch: tuple[int, int],
+        of_output: bool,
+        *inputs: Any,
+    ) -> Tensor:
         first = next(x for x in inputs if x is not None)
         y = first.new_empty(output.shape, dtype=output.dtype)
         kept = [x for x, keep in zip(inputs, keeps) if keep and x is not None]
         ctx.save_for_backward(*kept, y if of_output else None, first.new_empty(extra, dtype=torch.uint8))
         ctx.inputs = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        ctx.scratch = scratch[1]
+        first.new_empty(scratch[0], dtype=torch.uint8)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[4:]
-        gradients = (
+        wanted = ctx.needs_input_grad[5:]
+        gradients = [
             dy.new_empty(like[0], dtype=like[1]) if want and like is not None else None
             for want, like in zip(wanted, ctx.inputs)
-        )
-        return None, None, None, None, *gradients
+        ]
+        dy.new_empty(ctx.scratch, dtype=torch.uint8)
+        return None, None, None, None, None, *gradients
 
 
 def stand(
-    output: Like, inputs: Sequence[Tensor | None], keeps: Sequence[bool], extra: int = 0, of_output: bool = False
+    output: Like,
+    inputs: Sequence[Tensor | None],
+    keeps: Sequence[bool],
+    extra: int = 0,
+    scratch: tuple[int, int] = (0, 0),
+    of_output: bool = False,
 ) -> Tensor:
     """The output of an operator that is not run."""
-    y: Tensor = Stand.apply(output, tuple(keeps), extra, of_output, *inputs)  # type: ignore[no-untyped-call]
+    y: Tensor = Stand.apply(output, tuple(keeps), extra, scratch, of_output, *inputs)  # type: ignore[no-untyped-call]
     return y
 
 
-def recur(operator: Callable[..., Any], inputs: Sequence[Tensor | None], options: dict[str, Any], gpu: bool) -> Tensor:
-    """A recurrent operator of `kernels` on [1, T, ...] inputs: its output, not computed, with what it keeps."""
+def recur(
+    operator: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    options: dict[str, Any],
+    sequences: int,
+    gpu: bool,
+) -> Tensor:
+    """An operator of `kernels` along [1, T, ...] inputs of packed sequences: its output, not computed, with what it keeps."""
     heads = HEADS.get(operator)
     head = inputs[0]
     assert head is not None
     if heads is None:  # unknown here: keeps its inputs and as much again as its output
-        return stand(
-            Like(tuple(head.shape), head.dtype),
-            inputs,
-            [x is not None for x in inputs],
-            head.numel() * head.element_size(),
-        )
+        like = Like(tuple(head.shape), head.dtype)
+        return stand(like, inputs, [x is not None for x in inputs], head.numel() * head.element_size())
     heads = heads[: len(inputs)]
     counts = [x.shape[dim] for x, dim in zip(inputs, heads) if x is not None and dim is not None]
     groups = functools.reduce(math.gcd, counts)
     likes = tuple(None if x is None else _few(x, dim, groups) for x, dim in zip(inputs, heads))
-    kept, output = _measure(operator, likes, heads, tuple(sorted(options.items())), gpu)
-    T = head.shape[1]
+    call = _Call(operator, likes, heads, tuple(sorted(options.items())), gpu)
+    runs = [_ran(call, tokens, few) for tokens in (TOKENS, 2 * TOKENS) for few in (1, 2)]
+    T, output = head.shape[1], runs[0].output
+    extra = Grows.through(*(run.extra for run in runs))(T, groups)
+    if gpu:
+        scratch = tuple(Grows.through(*(run[i] for run in runs))(T, groups) for i in (2, 3))
+    else:  # worked through in blocks that fit the cache: no more for more tokens
+        size = sum(math.prod(x.shape) for x in inputs if x is not None)
+        tokens = min(T, max(TOKENS, T * MOST // max(size, 1) // TOKENS * TOKENS))
+        scratch = _ran(call, tokens, groups, max(1, sequences * tokens // T))[2:4]
     # Packed sequences each end in a chunk of their own: lengths that no chunk divides cost a part of one.
     shape = (*head.shape[:2], output.shape[2] * groups, *output.shape[3:])
-    return stand(Like(shape, output.dtype), inputs, kept.inputs, kept.extra(T, groups))
+    return stand(Like(shape, output.dtype), inputs, runs[0].inputs, extra, (scratch[0], scratch[1]))
 
 
 def _few(x: Tensor, dim: int | None, groups: int) -> Like:
@@ -128,29 +174,21 @@ def _few(x: Tensor, dim: int | None, groups: int) -> Like:
     return Like(tuple(shape), x.dtype, x.is_contiguous())
 
 
-@functools.cache
-def _measure(
-    operator: Callable[..., Any],
-    likes: tuple[Like | None, ...],
-    heads: tuple[int | None, ...],
-    options: tuple[tuple[str, Any], ...],
-    gpu: bool,
-) -> tuple[Kept, Like]:
+class _Call(NamedTuple):
     """likes: the inputs with as few heads as can be, and any number of tokens."""
-    extras: dict[tuple[int, int], int] = {}
-    inputs: tuple[bool, ...] = ()
-    output = Like((), torch.float32)
-    with outside(), _real_forms(gpu):
-        for tokens in (TOKENS, 2 * TOKENS):
-            for groups in (1, 2):
-                few = [None if x is None else _sized(x, dim, tokens, groups) for x, dim in zip(likes, heads)]
-                inputs, extras[tokens, groups], made = _run(operator, few, dict(options), tokens)
-                if groups == 1:
-                    output = made
-    a, b, c, d = (extras[t, g] for t in (TOKENS, 2 * TOKENS) for g in (1, 2))
-    both = (d - c - b + a) / TOKENS
-    per_token, per_head = (c - a) / TOKENS - both, (b - a) - both * TOKENS
-    return Kept(inputs, a - per_token * TOKENS - per_head - both * TOKENS, per_token, per_head, both), output
+
+    operator: Callable[..., Any]
+    likes: tuple[Like | None, ...]
+    heads: tuple[int | None, ...]
+    options: tuple[tuple[str, Any], ...]
+    gpu: bool
+
+
+@functools.cache
+def _ran(call: _Call, tokens: int, groups: int, sequences: int = 1) -> Ran:
+    sized = [None if x is None else _sized(x, dim, tokens, groups) for x, dim in zip(call.likes, call.heads)]
+    with _real_forms(call.gpu):
+        return outside(lambda: _run(call.operator, sized, dict(call.options), tokens, sequences))
 
 
 def _sized(like: Like, dim: int | None, tokens: int, groups: int) -> Like:
@@ -170,21 +208,29 @@ def _made(like: Like) -> Tensor:
 
 
 def _run(
-    operator: Callable[..., Any], likes: Sequence[Like | None], options: dict[str, Any], tokens: int
-) -> tuple[tuple[bool, ...], int, Like]:
-    """(which inputs are kept, bytes of what else is, the output)."""
-    borders = torch.tensor([0, tokens], dtype=torch.int32)
+    operator: Callable[..., Any], likes: Sequence[Like | None], options: dict[str, Any], tokens: int, sequences: int
+) -> Ran:
+    borders = torch.tensor([tokens * i // sequences for i in range(sequences + 1)], dtype=torch.int32)
     leaf = torch.ones((), requires_grad=True)
     with torch.enable_grad(), Memory() as memory:
         # In a graph, but nobody's leaves: what is not kept goes.
         given = [None if x is None else _Given.apply(leaf, x) for x in likes]  # type: ignore[no-untyped-call]
         names = [None if x is None else memory.held(x) for x in given]
+        gradients = sum(x.numel() * x.element_size() for x in given if x is not None)
+        before = memory.live
+        memory.begin()
         o, _ = operator(*given, cu_seqlens=borders, **options)
+        peak = memory.peak - before
         given.clear()
         kept = tuple(name is not None and memory.alive(name[0]) for name in names)
         own = memory.held(o)[1]
         extra = memory.live - own - sum(name[1] for name, keep in zip(names, kept) if keep and name is not None)
-        return kept, extra, Like(tuple(o.shape), o.dtype)
+        output = Like(tuple(o.shape), o.dtype)
+        dy = torch.empty_like(o, memory_format=torch.contiguous_format)
+        before = memory.live
+        memory.begin()
+        torch.autograd.backward(o, dy)
+        return Ran(kept, extra, max(0, peak - own - extra), max(0, memory.peak - before - gradients), output)
 
 
 class _Given(torch.autograd.Function):
@@ -194,7 +240,7 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        raise AssertionError("nothing goes back here")
+        return None, None
 
 
 def chosen(forms: Sequence[Form], request: Request) -> Form | None:

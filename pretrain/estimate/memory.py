@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+T = TypeVar("T")
 Answer = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -102,10 +103,8 @@ class Memory(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
-@contextmanager
-def outside() -> Iterator[None]:
-    """Real tensors and no counting within, wherever it is called from."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes(), torch.autocast("cpu", enabled=False):
-        yield
+def outside(work: Callable[[], T]) -> T:
+    """What `work` returns, done with real tensors and unseen, wherever it is called from: modes, autocast and the hooks of saved
+    tensors are a thread's own, so another one has none of them."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()

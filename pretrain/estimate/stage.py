@@ -340,11 +340,11 @@ def _around_layers(setting: Setting, held: Held) -> Around:
     weight = low * V * D if low != 4 else 0.0
     extra = 0.0
     if model.extra is not None:
-        measured = setting.traced(model.extra).measured(T)
-        extra = measured.inner + measured.stream + measured.state + 4.0 * own * D * 4 + low * own * 2 * D
+        measured = model.extra.traced(model.width, setting.length, replace(setting.way, recompute="none")).measured(T)
+        extra = measured.inner + measured.stream + measured.state + 2 * stream + low * own * 2 * D
         after += extra
     loss = after + normed + weight + scratch
-    loss_backward = after - stream + table + 2 * stream if low == 4 else after + table + normed + stream
+    loss_backward = table + normed + (stream if low != 4 else 0.0)
     return Around(before, after, loss, loss_backward, table + 4.0 * own * D, table)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels import delta_rule, gated_linear_attention
+from kernels import delta_rule, gated_linear_attention, short_convolution
 from kernels.attention.chunked import attention as packed_attention
 from kernels.experts.chunked import alignment
+from kernels.norm.chunked import BLOCK_ELEMENTS
 from kernels.offline.choice import choosing
 from parallel.expert.apply import sparse_layers
 from parallel.expert.travel import combined, copies
@@ -139,11 +140,11 @@ class TracedSequence(SequenceContext):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = "silu", cache: Any = None
     ) -> Tensor:
         self._columns(x, weight.shape[1] - 1, "convolution's columns")
-        return stand(Like(tuple(x.shape), x.dtype), [x, weight, bias], [True, True, True])
+        return recur(short_convolution, (x, weight, bias), {"activation": activation}, self.count, self.notes.gpu)
 
     def recur(self, operator: Any, *inputs: Tensor | None, cache: Any = None, **options: Any) -> Tensor:
         self.notes.send("cp", "tails", "recurrence's states", 2.0 * summary(operator, inputs))
-        return recur(operator, inputs, options, self.notes.gpu)
+        return recur(operator, inputs, options, self.count, self.notes.gpu)
 
     def history(
         self, x: Tensor, reach: int, before: Tensor | None = None, cache: Any = None, name: str = "history"
@@ -246,7 +247,12 @@ class Experts:
         products.append(Product("experts.gate_up", choices / E, 2 * F, D, E, kept=False))
         products.append(Product("experts.down", choices / E, D, F, E, kept=False))
         extra = held * 2 * F * tokens.element_size() + 8 * (held + choices)  # the projections, and who is where
-        y: Tensor = _Experts.apply(tokens, gate_up, down, scores, extra, held)  # type: ignore[no-untyped-call]
+        # One expert at a time: its weights in the tokens' precision, and a few of its hidden activations.
+        item = tokens.element_size()
+        cast = 0 if gate_up.dtype == tokens.dtype else 2 * F * D * item
+        one = held // E * F * item
+        scratch = (one + cast, 5 * one + cast)
+        y: Tensor = _Experts.apply(tokens, gate_up, down, scores, extra, held, scratch)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -254,11 +260,21 @@ class _Experts(torch.autograd.Function):
     """kernels/experts/chunked.py in its allocations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, scores: Tensor, extra: int, rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        scores: Tensor,
+        extra: int,
+        rows: int,
+        scratch: tuple[int, int],
+    ) -> Tensor:
         hidden = x.new_empty(extra, dtype=torch.uint8)
         gathered, out = x.new_empty(rows, x.shape[1]), x.new_empty(rows, x.shape[1])
         ctx.save_for_backward(x, gate_up, down, scores, hidden)
-        ctx.rows = rows
+        ctx.rows, ctx.scratch = rows, scratch[1]
+        x.new_empty(scratch[0], dtype=torch.uint8)
         y = torch.empty_like(x)
         del gathered, out
         return y
@@ -269,9 +285,10 @@ class _Experts(torch.autograd.Function):
         x, gate_up, down, scores, _ = ctx.saved_tensors
         rows = [x.new_empty(ctx.rows, x.shape[1]) for _ in range(3)]
         gradients = torch.empty_like(gate_up), torch.empty_like(down)
+        scratch = x.new_empty(ctx.scratch, dtype=torch.uint8)
         dx = torch.empty_like(x)
-        del rows
-        return dx, *gradients, torch.empty_like(scores), None, None
+        del rows, scratch
+        return dx, *gradients, torch.empty_like(scores), None, None, None
 
 
 class _Travel(torch.autograd.Function):
@@ -450,11 +467,17 @@ def _scatter_sum(notes: Notes, ranks: int, module: nn.Module, args: Any, output:
 # ---------------------------------------------------------------------------------- operators that are called by themselves
 
 
-def _norm(x: Tensor, *others: Any, **options: Any) -> Tensor:
+def _norm(notes: Notes, x: Tensor, *others: Any, **options: Any) -> Tensor:
     tensors = [x, *(other for other in others if isinstance(other, Tensor))]
     rows = x.numel() // x.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32).itemsize
-    return stand(Like(tuple(x.shape), x.dtype), tensors, [True] * len(tensors), extra=rows * wide)
+    # On a CPU row blocks of a fixed size are widened (kernels/norm/chunked.py); a GPU's kernel keeps them in registers.
+    block = 0 if notes.gpu else wide * min(x.numel(), BLOCK_ELEMENTS * torch.get_num_threads())
+    scratch = (
+        block * (1 + (x.dtype != torch.float32)),
+        block * (2 + 2 * (x.dtype != torch.float32) + len(others) // 3),
+    )
+    return stand(Like(tuple(x.shape), x.dtype), tensors, [True] * len(tensors), rows * wide, scratch)
 
 
 def _plain(x: Tensor, *others: Any, **options: Any) -> Tensor:
@@ -475,7 +498,8 @@ def operators(notes: Notes) -> Iterator[None]:
     """Within it, the operators that layers call by themselves compute nothing."""
     import pretrain.model.mixers.selective_attention as selective
 
-    forms = {"rms_norm": _norm, "l2_norm": _norm, "gated_rms_norm": _norm, "rational": _plain}
+    norm = partial(_norm, notes)
+    forms: dict[str, Any] = {"rms_norm": norm, "l2_norm": norm, "gated_rms_norm": norm, "rational": _plain}
 
     def choice(real: Any, request: Any) -> Any:
         measured = chosen(real, request)
