@@ -97,7 +97,7 @@ def test_all_patterns_are_measured_at_all_sizes() -> None:
 
 
 def test_the_caches_size_is_read_from_the_system(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for index, size in enumerate(("48K", "2048K", "32M", "")):
+    for index, size in enumerate(("48K", "2M", "32768K", "")):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
     monkeypatch.setattr(machine, "CACHES", tmp_path)
