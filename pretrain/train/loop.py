@@ -93,7 +93,8 @@ class Loop:
         self.memory = psutil.Process()
 
     def begin(self) -> None:
-        self.nominal, self.measured, objection = _peaks(self.run)
+        nominal, self.measured, objection = _peaks(self.run)
+        self.utilization = flops.Utilization(nominal, str(self.run.config.hardware or "the hardware file"))
         for callback in self.callbacks:
             callback.on_start(self.run)
         _announce(self.run, self.parts, self.progress)
@@ -122,6 +123,9 @@ class Loop:
         run.tokens += tokens
         seconds = time.perf_counter() - start
         speed = _flops(self.whole, batches) / self.sharers / seconds
+        mfu, warning = self.utilization.of(speed)
+        if warning is not None:
+            self.progress.say(warning)
         run.record = {
             "step": run.step,
             "tokens": run.tokens,
@@ -130,7 +134,7 @@ class Loop:
             "lr": lr,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": None if self.nominal is None else speed / self.nominal,
+            "mfu": mfu,
             "mfu_measured": speed / self.measured,
             "memory_bytes": _memory(run.processes, self.memory),
         }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.estimate.flops import mean_context, training_flops_per_token
+from pretrain.estimate.flops import Utilization, mean_context, training_flops_per_token
 from pretrain.estimate.hardware import FOLDER, detect, measured_peak, read
 from pretrain.exit import Exit
 from tests.pretrain.small import decoder
@@ -22,6 +22,16 @@ def test_mean_context_by_hand() -> None:
 def test_backward_costs_two_forwards() -> None:
     model = decoder()
     assert training_flops_per_token(model, 10.0) == 3 * model.flops_per_token(10.0)
+
+
+def test_a_share_of_more_than_the_whole_is_a_warning_and_no_number() -> None:
+    utilization = Utilization(100e12, "mi300x.yaml")
+    assert utilization.of(40e12) == (0.4, None) and utilization.of(100e12) == (1.0, None)
+    share, warning = utilization.of(250e12)
+    assert share is None and warning is not None
+    assert "250 TFLOP/s" in warning and "100 TFLOP/s that mi300x.yaml says" in warning
+    assert utilization.of(250e12) == (None, None)  # said once
+    assert Utilization(None, "").of(1e12) == (None, None)
 
 
 def test_matrix_products_are_counted_as_torch_counts_them() -> None:

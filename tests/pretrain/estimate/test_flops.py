@@ -62,6 +62,7 @@ def state(heads: int, K: int, V: int, an_entry: float) -> float:
 BY_HAND: dict[str, float] = {
     "conv_attention": 2 * 3 * 96,
     "cca": 2 * 2 * (4 + 2) * 8,  # depthwise: two taps on the channels of queries and keys
+    "mla": -2 * 2 * 4 * T,  # values that a CPU's kernel fills up to the width of the keys
     "linear_attention": state(2, 16, 16, 4),
     "gla": state(2, 8, 16, 5),
     "hgrn2": state(2, 16, 16, 5),
