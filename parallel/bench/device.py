@@ -75,11 +75,9 @@ def event_clock(
         while len(events) < count:
             events.append(torch.cuda.Event(enable_timing=True))
 
-    def ends(iterations: int, lead: bool) -> list[float]:
+    def ends(iterations: int) -> list[float]:
         enough(iterations + 1)
         with _on(stream):
-            if lead:
-                call()
             events[0].record()
             for event in events[1 : iterations + 1]:
                 call()
@@ -87,7 +85,7 @@ def event_clock(
         torch.cuda.synchronize()
         return [events[0].elapsed_time(event) * 1000 for event in events[1 : iterations + 1]]
 
-    def durations(iterations: int, lead: bool) -> list[float]:
+    def durations(iterations: int) -> list[float]:
         assert meet is not None
         enough(2)
         times = []

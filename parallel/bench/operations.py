@@ -323,7 +323,7 @@ def chosen(names: Sequence[str]) -> list[Operation]:
     """
     by_name = {name: operation for operation in _ALL for name in (operation.name, *operation.aliases)}
     found: dict[str, Operation] = {}
-    for name in names:
+    for name in (part for word in names for part in word.split(",")):
         plain = name.lower().replace("-", "_")
         if plain == "all":
             found |= OPERATIONS

@@ -24,12 +24,9 @@ from parallel.bench.summary import increments, relative_error
 from parallel.processes import Processes
 
 BATCH_US = 250_000.0  # a batch takes about this long, so that Ctrl-C need not wait longer
-LONG_US = 50_000.0  # iterations beyond this need no untimed one before a batch
 Call = Callable[[], object]
-Clock = Callable[[int, bool], list[float]]
-"""(iterations, lead) -> microseconds: ends of iterations counted from the start, or durations where isolated. lead: run
-one iteration untimed before the start, which brings the ranks into step.
-"""
+Clock = Callable[[int], list[float]]
+"""iterations -> microseconds: their ends counted from the start, or their durations where isolated."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,7 @@ def host_clock(call: Call, isolated: bool = False, meet: Call | None = None) -> 
     """For calls that return when they are done. meet: a barrier."""
     now = time.perf_counter_ns
 
-    def ends(iterations: int, lead: bool) -> list[float]:
-        if lead:
-            call()
+    def ends(iterations: int) -> list[float]:
         stamps = [0] * iterations
         start = now()
         for i in range(iterations):
@@ -88,7 +83,7 @@ def host_clock(call: Call, isolated: bool = False, meet: Call | None = None) -> 
             stamps[i] = now()
         return [(stamp - start) / 1000 for stamp in stamps]
 
-    def durations(iterations: int, lead: bool) -> list[float]:
+    def durations(iterations: int) -> list[float]:
         assert meet is not None
         times = []
         for _ in range(iterations):
@@ -104,7 +99,7 @@ def host_clock(call: Call, isolated: bool = False, meet: Call | None = None) -> 
 def idle_clock(isolated: bool = False, meet: Call | None = None) -> Clock:
     """For ranks that only wait for others."""
 
-    def ends(iterations: int, lead: bool) -> list[float]:
+    def ends(iterations: int) -> list[float]:
         for _ in range(iterations if isolated else 0):
             assert meet is not None
             meet()
@@ -115,16 +110,19 @@ def idle_clock(isolated: bool = False, meet: Call | None = None) -> Clock:
 
 def measure(clock: Clock, control: Control, plan: Plan) -> list[float]:
     """Microseconds of each timed iteration, the same on all ranks. Collective over the job. Raises Interrupted."""
-    estimate = control.maxima(clock(1, False))[0]  # the first call may connect ranks, compile, allocate
+    estimate = control.maxima(clock(1))[0]  # the first call may connect ranks, compile, allocate
     # As many as asked for, but no more than fill a second: what large messages warm up is done by the first.
     more = min(plan.warmup - 1, int(1e6 / max(estimate, 1.0)))
     if more > 0:
-        ends = control.maxima(clock(more, False))
+        ends = control.maxima(clock(more))
         estimate = sum(ends) / more if plan.isolated else ends[-1] / more
     times: list[float] = []
     while batch := _batch(times, estimate, plan):
-        taken = control.maxima(clock(batch, estimate < LONG_US))
-        times += taken if plan.isolated else increments(taken)
+        # Ranks start apart, and their first iteration holds the wait for the last to start: it brings them into step, and does
+        # not count. Among iterations so long that one makes a batch, the wait is nothing.
+        first = 0 if plan.isolated or batch == 1 else 1
+        taken = control.maxima(clock(first + batch))
+        times += taken if plan.isolated else increments(taken)[first:]
         estimate = max(sum(times) / len(times), 1e-3)
     return times
 

@@ -132,31 +132,30 @@ def slow_messages(rank: int, world: int, seconds: float) -> list[float]:
 
 
 def against_bare(rank: int, world: int, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
-    """For each size, microseconds of one all_reduce by the bench and by a bare loop, in turn."""
+    """For each size, microseconds of one all_reduce by the bench and by a bare loop, in turn, about 40 ms each time."""
     processes: Processes = join("cpu")
     (team,) = teams([Shape("world", world)], rank, world, False, processes.timeout)
     found = []
     with Stop() as stop:
+        control = Control(processes, stop)
         for size in sizes:
-            count = max(20, min(400, (64 << 20) // size))
-            plan = Plan(warmup=2, iterations=count)
-            bench = Bench(Control(processes, stop), plan, Launch(), "gloo", check=False)
-            task = Task(team, OPERATIONS["all_reduce"], "fp32", (True,), (size,))
             x = torch.ones(size // 4)
-            ours: list[float] = []
-            bare: list[float] = []
+
+            def bare(count: int, x: torch.Tensor = x) -> float:
+                for _ in range(2):
+                    dist.all_reduce(x)
+                dist.barrier()
+                start = time.perf_counter()
+                for _ in range(count):
+                    dist.all_reduce(x)
+                return (time.perf_counter() - start) / count * 1e6
+
+            count = max(5, int(4e4 / control.maxima([min(bare(5) for _ in range(5))])[0]))
+            bench = Bench(control, Plan(warmup=2, iterations=count), Launch(), "gloo", check=False)
+            task = Task(team, OPERATIONS["all_reduce"], "fp32", (True,), (size,))
+            times: dict[str, list[float]] = {"ours": [], "bare": []}
             for turn in range(rounds):
-                for which in ((ours, bare), (bare, ours))[turn % 2]:
-                    if which is ours:
-                        (row,) = bench.rows(task)
-                        ours.append(row.microseconds)
-                        continue
-                    for _ in range(2):
-                        dist.all_reduce(x)
-                    dist.barrier()
-                    start = time.perf_counter()
-                    for _ in range(count):
-                        dist.all_reduce(x)
-                    bare.append((time.perf_counter() - start) / count * 1e6)
-            found.append({"bytes": size, "iterations": count, "ours": ours, "bare": bare})
+                for which in ("ours", "bare") if turn % 2 else ("bare", "ours"):
+                    times[which].append(next(iter(bench.rows(task))).microseconds if which == "ours" else bare(count))
+            found.append({"bytes": size, "iterations": count, **times})
     return found

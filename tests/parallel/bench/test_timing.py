@@ -26,25 +26,25 @@ class Others(Control):
     def maxima(self, values: Sequence[float]) -> list[float]:
         values = super().maxima(values)
         self.batches.append(len(values))
-        stamps = [values, *(clock(len(values), False) for clock in self.clocks)]
+        stamps = [values, *(clock(len(values)) for clock in self.clocks)]
         return [max(column) for column in zip(*stamps)]
 
 
 def steady(microseconds: float) -> Clock:
-    return lambda iterations, lead: [microseconds * (i + 1) for i in range(iterations)]
+    return lambda iterations: [microseconds * (i + 1) for i in range(iterations)]
 
 
 def test_a_fixed_number_of_iterations() -> None:
     control = Others()
     assert measure(steady(100), control, Plan(warmup=5, iterations=7)) == [100] * 7
-    assert control.batches == [1, 4, 7]  # the first call, the rest of the warm-up, all at once
+    assert control.batches == [1, 4, 8]  # the first call, the rest of the warm-up, one to get into step and all at once
 
 
 def test_batches_are_short_enough_to_be_broken_off() -> None:
     control = Others()
     slow = BATCH_US / 2.5
     assert len(measure(steady(slow), control, Plan(warmup=1, iterations=7))) == 7
-    assert control.batches == [1, 2, 2, 2, 1]
+    assert control.batches == [1, 3, 3, 3, 1]
 
 
 def test_steady_times_need_the_fewest_iterations() -> None:
@@ -54,7 +54,7 @@ def test_steady_times_need_the_fewest_iterations() -> None:
 def test_noise_asks_for_more_and_the_most_ends_it() -> None:
     draw = random.Random(1)
 
-    def noisy(iterations: int, lead: bool) -> list[float]:
+    def noisy(iterations: int) -> list[float]:
         ends, now = [], 0.0
         for _ in range(iterations):
             now += draw.choice((50.0, 100.0))
@@ -71,25 +71,31 @@ def test_seconds_end_it_after_three() -> None:
 
 
 def test_an_iteration_is_over_when_the_last_rank_is() -> None:
-    # Ends of rank 0: 10, 20, 30, ...; of rank 1: 15 later from the third on. The wait counts once.
-    late: Clock = lambda n, lead: [10.0 * (i + 1) + (15 if i >= 2 else 0) for i in range(n)]  # noqa: E731
+    # Ends of rank 0: 10, 20, 30, ...; of rank 1: 15 later from the fourth on (the third that counts). The wait counts once.
+    late: Clock = lambda n: [10.0 * (i + 1) + (15 if i >= 3 else 0) for i in range(n)]  # noqa: E731
     assert measure(steady(10), Others(late), Plan(warmup=0, iterations=5)) == [10, 10, 25, 10, 10]
 
 
+def test_ranks_that_start_apart_are_not_timed_waiting() -> None:
+    # Rank 1 starts 70 before rank 0 and waits for it in its first iteration.
+    early: Clock = lambda n: [70 + 10.0 * (i + 1) for i in range(n)]  # noqa: E731
+    assert measure(steady(10), Others(early), Plan(warmup=0, iterations=5)) == [10] * 5
+
+
 def test_isolated_takes_the_longest_duration_of_each() -> None:
-    mine: Clock = lambda n, lead: [10.0, 30.0, 10.0][:n]  # noqa: E731
-    theirs: Clock = lambda n, lead: [20.0, 20.0, 20.0][:n]  # noqa: E731
+    mine: Clock = lambda n: [10.0, 30.0, 10.0][:n]  # noqa: E731
+    theirs: Clock = lambda n: [20.0, 20.0, 20.0][:n]  # noqa: E731
     assert measure(mine, Others(theirs), Plan(warmup=0, iterations=3, isolated=True)) == [20, 30, 20]
 
 
 def test_the_host_clock_counts_calls() -> None:
     calls = []
-    ends = host_clock(lambda: calls.append(1))(5, True)
-    assert len(calls) == 6  # one untimed
-    assert len(ends) == 5
+    ends = host_clock(lambda: calls.append(1))(6)
+    assert len(calls) == 6
+    assert len(ends) == 6
     assert sorted(ends) == ends
     meets = []
-    durations = host_clock(lambda: calls.append(1), True, lambda: meets.append(1))(5, True)
+    durations = host_clock(lambda: calls.append(1), True, lambda: meets.append(1))(5)
     assert (len(durations), len(meets), len(calls)) == (5, 5, 11)
 
 
@@ -97,7 +103,7 @@ def test_the_host_clock_counts_calls() -> None:
 def test_a_signal_ends_the_measurement_between_batches(number: signal.Signals) -> None:
     done = []
 
-    def clock(iterations: int, lead: bool) -> list[float]:
+    def clock(iterations: int) -> list[float]:
         done.append(iterations)
         if len(done) == 2:
             signal.raise_signal(number)
