@@ -142,7 +142,8 @@ def _busy(conditions: dict[str, Any]) -> list[str]:
 
 def _title(conditions: dict[str, Any]) -> str:
     gpu = conditions["device"] != "cpu"
-    where = conditions["device"] if gpu else f"{conditions['processor']}, {conditions['threads']} threads"
+    threads = f"{conditions['threads']} thread{'s' * (conditions['threads'] != 1)}"
+    where = conditions["device"] if gpu else f"{conditions['processor']}, {threads}"
     return f"{where}, torch {conditions['torch']}"
 
 

@@ -91,7 +91,7 @@ def _work(axis: Any, products: Sequence[Product], found: Mapping[str, Ceiling]) 
         xscale="log", xlabel="GFLOP of a product (2MNK)", ylabel="% of the dtype's ceiling", title="matrix products"
     )
     axis.set_ylim(0, 105)
-    axis.legend(fontsize=7, loc="lower right")
+    axis.legend(fontsize=7, loc="upper left")
 
 
 def _heat(axis: Any, title: str, cells: Mapping[tuple[int, int], float], ceiling: float) -> None:
