@@ -6,7 +6,7 @@ faster ones: one slow rank of four already spoils half of all links.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,8 +106,8 @@ class Matrix:
 
     @property
     def latency(self) -> _Floats:
-        """Seconds, [N, N]."""
-        return self.seconds[0]
+        """Seconds, [N, N]: the same both ways, for half of a journey there and back knows no direction."""
+        return np.fmin(self.seconds[0], self.seconds[0].T)
 
     @property
     def transfer(self) -> _Floats:
@@ -145,6 +145,11 @@ class Matrix:
             found += judge(self.transfer, self.places, "bandwidth", tolerance)
         return sorted(found, key=lambda each: (each.what != "compute", -each.ratio))
 
+    def scatters(self, tolerance: float) -> bool:
+        """Whether the fast links differ so much among themselves that less than the tolerance lets on is found."""
+        times = [(self.latency, 2 * tolerance)] + [(self.transfer, tolerance)] * (len(self.sizes) > 1)
+        return any(limit > least for table, least in times for *_, limit in _kinds(table, self.places, least))
+
     def suspects(self, findings: Iterable[Finding]) -> list[tuple[int, int]]:
         """The pairs of ranks (lower one first) on which the findings about links and ranks rest."""
         pairs: set[tuple[int, int]] = set()
@@ -167,15 +172,21 @@ def judge(
     seconds: _Floats, places: Sequence[Place], what: Literal["latency", "bandwidth"], tolerance: float
 ) -> list[Finding]:
     """Slow nodes, ranks and links by one time per link: [N, N] from row to column, NaN where not measured."""
-    kinds = np.array([[relation(a, b) if a.rank != b.rank else "" for b in places] for a in places])
     found: list[Finding] = []
+    for kind, mask, typical, limit in _kinds(seconds, places, tolerance):
+        found += _blame(np.where(mask, seconds / typical, np.nan), limit, kind, places, what)
+    return found
+
+
+def _kinds(
+    seconds: _Floats, places: Sequence[Place], tolerance: float
+) -> Iterator[tuple[str, NDArray[np.bool_], float, float]]:
+    """(name, which links, their typical time, from how many times that one is slow) of each kind of links."""
+    kinds = np.array([[relation(a, b) if a.rank != b.rank else "" for b in places] for a in places])
     for kind in sorted(set(kinds.ravel().tolist()) - {""}):
         mask = (kinds == kind) & ~np.isnan(seconds)
         if mask.sum() >= 2:
-            typical, limit = _limit(seconds[mask], tolerance)
-            ratio = np.where(mask, seconds / typical, np.nan)
-            found += _blame(ratio, limit, kind, places, what)
-    return found
+            yield kind, mask, *_limit(seconds[mask], tolerance)
 
 
 def _limit(times: _Floats, tolerance: float) -> tuple[float, float]:

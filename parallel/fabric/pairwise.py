@@ -22,9 +22,10 @@ from torch import Tensor
 from parallel.fabric.links import Matrix, Place, rounds
 from parallel.processes import Processes
 
-LEAST, MOST = 3, 200  # timed messages of one size in one direction
-RECHECK = 64  # pairs measured again at most
-WORK = {"cpu": (torch.float32, 256, 40), "cuda": (torch.bfloat16, 4096, 20)}  # a product: dtype, size, how often
+LEAST, MOST = 3, 300  # timed messages of one size in one direction
+AGAIN = 2  # times that what looks slow is measured again, ...
+RECHECK = 64  # ... in so many pairs at most
+WORK = {"cpu": (torch.float32, 256, 80), "cuda": (torch.bfloat16, 4096, 20)}  # a product: dtype, size, how often
 
 
 def places(processes: Processes, node_size: int | None = None) -> list[Place]:
@@ -61,29 +62,27 @@ def pairwise(
     """Times of messages of `sizes` bytes (ascending, the first small) between all pairs, and of a piece of work on each rank.
 
     apart: one pair at a time; otherwise each rank talks to one other at a time, and all at once. seconds: per pair, about.
-    tolerance: see Matrix.findings; pairs that look slow are measured twice more, alone, and the shortest times count, for noise
-    only adds. stop: asked between rounds; if it says True on any rank all end together. Returns the matrix, complete on every
-    rank, and whether it was measured to the end. where: what `places` gave.
+    tolerance: see Matrix.findings. What looks slow is measured twice more, alone, and everything where times scatter; the
+    shortest times count, for noise only adds. stop: asked between rounds; if it says True on any rank all end together. Returns
+    the matrix, complete on every rank, and whether it was measured to the end. where: what `places` gave.
     """
     matrix = Matrix.empty(sizes, where)
     meeting = _Meeting(processes, matrix, seconds, stop)
     schedule = rounds(processes.world)
     if apart:
         schedule = [[pair] for pairs in schedule for pair in pairs]
-    if not _work(processes, matrix, apart, stop):
-        return matrix, False
-    for index, pairs in enumerate(schedule):
-        progress(index, len(schedule))
-        if not meeting.hold(pairs):
+    for again in range(1 + AGAIN):
+        findings = matrix.findings(tolerance) if again else []
+        if again and not matrix.scatters(tolerance):  # only what looks slow, each pair alone
+            suspects = matrix.suspects(findings)
+            schedule = [[pair] for pair in suspects[:: max(1, -(-len(suspects) // RECHECK))]]
+        computes = not again or any(each.what == "compute" for each in findings)
+        if computes and not _work(processes, matrix, apart, stop):
             return matrix, False
-    for _ in range(2):
-        suspects = matrix.suspects(matrix.findings(tolerance))
-        again = suspects[:: max(1, -(-len(suspects) // RECHECK))]
-        for pair in again:
-            if not meeting.hold([pair]):
+        for index, pairs in enumerate(schedule):
+            progress(index, len(schedule))
+            if not meeting.hold(pairs):
                 return matrix, False
-        if matrix.compute.size and not _work(processes, matrix, apart, stop):
-            return matrix, False
     return matrix, True
 
 
@@ -128,8 +127,9 @@ class _Meeting:
             first = min(self.there_and_back(buffer, partner) for _ in range(2))  # the first of all connects the two
             count = max(LEAST, min(MOST, int(self.budget / first)))
             dist.send(torch.tensor([count], device=buffer.device), partner)
-            # The mean: a process that stops and goes on slows one message in a hundred, and that one by a thousand.
-            took = statistics.fmean(self.there_and_back(buffer, partner) for _ in range(count))
+            # The first one asks whether it may come, the others were asked for before. The mean: a process that stops and goes
+            # on slows one message in a hundred, and that one by a thousand.
+            took = statistics.fmean([self.there_and_back(buffer, partner) for _ in range(1 + count)][1:])
             # The message takes no less than the reply, so half is the least; where the reply was held up, it is the better guess.
             found.append(took / 2 if not found else max(took - found[0], took / 2))
         return found
@@ -140,7 +140,7 @@ class _Meeting:
             self.reply(buffer, partner, 2)
             count = torch.zeros(1, dtype=torch.int64, device=buffer.device)
             dist.recv(count, partner)
-            self.reply(buffer, partner, int(count))
+            self.reply(buffer, partner, 1 + int(count))
 
     def there_and_back(self, buffer: Tensor, partner: int) -> float:
         if buffer.is_cuda:

@@ -20,7 +20,7 @@ from parallel.processes import Processes
 
 @contextlib.contextmanager
 def slowed(on: bool) -> Iterator[None]:
-    """Stops this process for three of every four milliseconds."""
+    """Stops this process for four fifths of the time, however long it came to run in between."""
     if not on:
         yield
         return
@@ -30,9 +30,11 @@ def slowed(on: bool) -> Iterator[None]:
     if child == 0:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         os.close(theirs)
+        went_on = time.monotonic()
         while not select.select([ours], [], [], 0.001)[0]:  # until the pipe closes; the last signal is one to go on
             os.kill(target, signal.SIGSTOP)
-            time.sleep(0.003)
+            time.sleep(4 * (time.monotonic() - went_on))
+            went_on = time.monotonic()
             os.kill(target, signal.SIGCONT)
         os._exit(0)
     os.close(ours)

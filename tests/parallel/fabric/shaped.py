@@ -60,6 +60,8 @@ class Rank:
     def run(self, world: int, arguments: Sequence[str]) -> int:
         # A connection that was idle would begin slowly again, as if it knew nothing of the link.
         Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").write_text("0")
+        for way in ("tcp_rmem", "tcp_wmem"):  # as much as is under way on a long link, from the beginning
+            Path("/proc/sys/net/ipv4", way).write_text("4096 4194304 4194304")
         os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "10.9.0.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": self.device}
         return pairs.main(arguments)
@@ -99,7 +101,7 @@ def run(ranks: Sequence[Rank], extra: Sequence[int] = ()) -> int:
 
 
 def two(file: str, mbit: int, milliseconds: float) -> int:
-    arguments = ["--sizes", "8,64K,256K,1M", "--seconds", "0.1", "--json", file, "--timeout", "60"]
+    arguments = ["--sizes", "8,64K,128K,256K,512K,1M", "--seconds", "0.1", "--json", file, "--timeout", "60"]
     ranks = [Rank(rank, 2, f"net{rank}", arguments) for rank in range(2)]
     command("ip", "link", "add", "net0", "type", "veth", "peer", "name", "net1")
     for rank in ranks:
@@ -169,7 +171,7 @@ def read(descriptor: int) -> bytes:
 
 
 def four(file: str, fast: int, slow: int, one: int, other: int) -> int:
-    arguments = ["--sizes", "8,64K,1M", "--seconds", "0.1", "--json", file, "--timeout", "60"]
+    arguments = ["--sizes", "8,32K,128K", "--seconds", "0.1", "--tolerance", "5", "--json", file, "--timeout", "60"]
     ranks = [Rank(rank, 4, f"net{rank}", arguments) for rank in range(4)]
     command("ip", "link", "add", "switch", "type", "bridge")
     command("ip", "link", "set", "switch", "up")
