@@ -16,9 +16,12 @@ MODEL_KEYS = ("model.*",)
 ORDER_KEYS = ("data.*", "train.batch", "train.seed")
 # How the data is fetched or scored, not what is trained on and in which order. micro_batch is absent above for the same
 # reason: it divides a step's sequences among ranks and moments.
-FREE_KEYS = ("data.prefetch", "data.validation*")
+# data.order is what a run begins with: its checkpoints say which version of the order they have.
+FREE_KEYS = (
+    "data.prefetch", "data.validation*", "data.sources.*.validation_path", "data.workers", "data.on_bad", "data.order",
+)  # fmt: skip
 # Where the data lies. If both sides know the corpus hash, the hash speaks and the place does not matter.
-PLACE_KEYS = ("data.path", "data.tokenizer")
+PLACE_KEYS = ("data.path", "data.tokenizer", "data.sources.*.path", "data.sources.*.name")
 HASH_KEY = "data.hash"
 ABSENT = "(absent)"
 

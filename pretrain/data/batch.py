@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from pretrain.data.errors import DataError
 from pretrain.data.order import Span
 
 if TYPE_CHECKING:
+    from pretrain.data.packing import Row
     from pretrain.data.store import Corpus
 
 IGNORE = -100
@@ -23,12 +25,15 @@ class Batch:
 
     tokens: int64 [1, N]. targets: int64 [1, N], the next token of the same document, -100 where there is none (a
     document's last token, padding). cu_seqlens: int32 [S + 1], ascending from 0 to N, a border at each document start
-    and each window start: nothing may be carried across one.
+    and each window start: nothing may be carried across one. padding: how many of the N positions hold no token of a
+    document. damaged: how many of these would, if the data were sound (see DataConfig.on_bad).
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
+    padding: int = 0
+    damaged: int = 0
 
     @property
     def scored(self) -> int:
@@ -53,11 +58,22 @@ class Batch:
         return int(token_bytes.to(self.targets.device)[self.targets[self.targets != IGNORE]].sum(dtype=torch.int64))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            self.tokens.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking=non_blocking),
-            self.cu_seqlens.to(device, non_blocking=non_blocking),
+        """The same batch on another device. From pinned memory the copy is always one that the host does not wait for."""
+        beside = non_blocking or (self.tokens.device.type == "cpu" and self.tokens.is_pinned())
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=beside),
+            targets=self.targets.to(device, non_blocking=beside),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=beside),
+        )
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked host memory, from which a GPU copies beside other work. Needs a GPU."""
+        return replace(
+            self,
+            tokens=self.tokens.pin_memory(),
+            targets=self.targets.pin_memory(),
+            cu_seqlens=self.cu_seqlens.pin_memory(),
         )
 
 
@@ -94,4 +110,115 @@ def pack(corpus: Corpus, windows: Sequence[Sequence[Span]], sequence_length: int
     cu_seqlens = np.array([*borders, total], np.int32)
     return Batch(
         torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(targets).unsqueeze(0), torch.from_numpy(cu_seqlens)
+    )
+
+
+def pack_rows(
+    corpora: Sequence[Corpus],
+    rows: Sequence[tuple[int, Row]],
+    sequence_length: int,
+    *,
+    masked: bool = True,
+    skip_bad: bool = False,
+) -> Batch:
+    """Reads rows of any sources into one batch.
+
+    corpora: the sources. rows: (index of the source, row). masked: documents in a row do not see each other and none
+    is predicted from another; otherwise a row is one sequence, but for its padding. skip_bad: a piece with a token
+    outside the vocabulary becomes padding and is counted, instead of a DataError.
+    """
+    total = len(rows) * sequence_length
+    # Padding is filled with the source's end of text: any token would do, nothing is learnt from it.
+    tokens = np.empty(total, np.int64)
+    targets = np.full(total, IGNORE, np.int64)
+    borders: list[int] = []
+    damaged = padding = 0
+    for number, (source, row) in enumerate(rows):
+        corpus, at = corpora[source], number * sequence_length
+        end = at + sequence_length
+        joined = False  # whether what stands before `at` predicts what comes there
+        for piece in row.pieces:
+            goes_on = piece.start + piece.length < int(corpus.lengths[piece.document])
+            try:
+                values = corpus.read(piece.document, piece.start, piece.length + goes_on)
+            except DataError:
+                if not skip_bad:
+                    raise
+                tokens[at : at + piece.length] = _filling(corpus)
+                borders.append(at)
+                damaged, joined, at = damaged + piece.length, False, at + piece.length
+                continue
+            if masked or not joined:
+                borders.append(at)
+            else:
+                targets[at - 1] = values[0]
+            tokens[at : at + piece.length] = values[: piece.length]
+            followed = piece.length - 1 + goes_on
+            targets[at : at + followed] = values[1 : followed + 1]
+            at, joined = at + piece.length, True
+        if at < end:
+            tokens[at:end] = _filling(corpus)
+            borders.append(at)
+            padding += end - at
+        elif row.after is not None and joined and not masked:
+            try:
+                targets[end - 1] = corpus.read(row.after.document, row.after.start, 1)[0]
+            except DataError:
+                if not skip_bad:
+                    raise
+                damaged += 1
+    return _batch(tokens, targets, np.array([*borders, total], np.int32), padding + damaged, damaged)
+
+
+def pack_stream(
+    corpus: Corpus, segments: Sequence[Sequence[tuple[int, int]]], sequence_length: int, *, masked: bool = True
+) -> Batch:
+    """As pack_rows, of windows that lie together in the file: read as they are, and cut into documents afterwards.
+
+    segments: for each window, (first token in the file, count) of its T + 1 tokens; see packing.Concatenated. Raises
+    DataError for a token outside the vocabulary.
+    """
+    read = np.empty((len(segments), sequence_length + 1), corpus.dtype)
+    # Where a piece of the file begins in the batch's windows, where in the file, and how long it is.
+    places: list[tuple[int, int, int]] = []
+    for number, window in enumerate(segments):
+        at = 0
+        for first, count in window:
+            read[number, at : at + count] = corpus.raw(first, count)
+            places.append((number * (sequence_length + 1) + at, first, count))
+            at += count
+    if corpus.vocabulary_size is not None and (int(read.max()) >= corpus.vocabulary_size or int(read.min()) < 0):
+        for _, first, count in places:
+            corpus.check_ids(corpus.raw(first, count), first * corpus.dtype.itemsize)
+    tokens = read[:, :-1].astype(np.int64).reshape(-1)
+    targets = read[:, 1:].astype(np.int64)
+    base = np.arange(len(segments) + 1, dtype=np.int64) * sequence_length
+    if not masked:
+        return _batch(tokens, targets.reshape(-1), base.astype(np.int32), 0, 0)
+    at, first, count = np.array(places, np.int64).T
+    # Documents that begin at any of these tokens: numbers [low, high) of each piece, put in one row.
+    low, high = np.searchsorted(corpus.starts, first), np.searchsorted(corpus.starts, first + count)
+    found = high - low
+    documents = np.arange(found.sum()) + np.repeat(low - (np.cumsum(found) - found), found)
+    begins = corpus.starts[documents] + np.repeat(at - first, found)
+    number, place = np.divmod(begins, sequence_length + 1)
+    flat = targets.reshape(-1)
+    inner = place > 0
+    flat[number[inner] * sequence_length + place[inner] - 1] = IGNORE
+    inner &= place < sequence_length
+    borders = np.union1d(base, number[inner] * sequence_length + place[inner])
+    return _batch(tokens, flat, borders.astype(np.int32), 0, 0)
+
+
+def _filling(corpus: Corpus) -> int:
+    return corpus.eos if corpus.eos is not None else 0
+
+
+def _batch(tokens: np.ndarray, targets: np.ndarray, cu_seqlens: np.ndarray, padding: int, damaged: int) -> Batch:
+    return Batch(
+        torch.from_numpy(tokens).unsqueeze(0),
+        torch.from_numpy(targets).unsqueeze(0),
+        torch.from_numpy(cu_seqlens),
+        padding,
+        damaged,
     )

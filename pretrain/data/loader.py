@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from pretrain.data.batch import Batch, pack
+import numpy as np
+import xxhash
+
+from pretrain.data.batch import Batch, pack_rows, pack_stream
 from pretrain.data.errors import UsageError
-from pretrain.data.order import ORDER_VERSION, Order, joined, past
+from pretrain.data.packing import Arrangement, Concatenated
+from pretrain.data.stages import Place, Stage
 from pretrain.data.store import Corpus
+from pretrain.data.stream import ORDER_VERSIONS, Position, Reference, Stream
+
+__all__ = ["Batch", "Loader"]
 
 
 class Loader:
@@ -19,79 +27,141 @@ class Loader:
     micro-batches and ranks, is the same for any number of ranks. `skipped` spans of the order are passed over, whatever the
     step: sequences are counted without them.
 
-    global_batch: sequences per step over all ranks. micro_batch: sequences per micro-batch. prefetch: prepare the
-    next step on a thread. Raises ValueError if global_batch does not divide by ranks * micro_batch, DataError for
-    damaged data when a batch is read.
+    corpus: one source, or several that the stages blend by weight. global_batch: sequences per step over all ranks.
+    micro_batch: sequences per micro-batch. stages: what changes as tokens are seen (see stages.Stage), in place of
+    sequence_length, global_batch and micro_batch. packing, masked, skip_bad: see DataConfig. version: of the order of a
+    run that begins; a state that is loaded brings its own. prefetch: prepare the next step on a thread. pin: hand
+    batches out in page-locked memory. Raises ValueError if a global_batch does not divide by ranks * micro_batch,
+    DataError for damaged data when a batch is read.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Sequence[Corpus],
         *,
-        sequence_length: int,
-        global_batch: int,
-        micro_batch: int,
+        sequence_length: int = 0,
+        global_batch: int = 0,
+        micro_batch: int = 0,
         seed: int,
         rank: int = 0,
         ranks: int = 1,
         prefetch: bool = False,
+        stages: Sequence[Stage] = (),
+        packing: str = "concatenate",
+        masked: bool = True,
+        version: int = 2,
+        skip_bad: bool = False,
+        pin: bool = False,
     ) -> None:
-        if min(global_batch, micro_batch, ranks) < 1:
-            raise UsageError(
-                f"global_batch ({global_batch}), micro_batch ({micro_batch}) and ranks ({ranks}) must be at least 1"
-            )
-        if not 0 <= rank < ranks:
-            raise UsageError(f"rank {rank} is not one of {ranks} data-parallel ranks")
-        if global_batch % (ranks * micro_batch):
-            unit = ranks * micro_batch
-            near = sorted({max(unit, global_batch // unit * unit), (global_batch // unit + 1) * unit})
-            raise UsageError(
-                f"global_batch {global_batch} does not divide by {ranks} data-parallel ranks x "
-                f"micro_batch {micro_batch} = {unit}: use global_batch {' or '.join(map(str, near))}, "
-                f"or another micro_batch"
-            )
-        self.corpus = corpus
-        self.order = Order(corpus.lengths, sequence_length, seed)
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self.rank = rank
-        self.ranks = ranks
-        _ = corpus.dataset  # imported and mapped here, not on the first step's clock or on the thread
-        # The steps that this loader numbers from here on: step `_base_step` begins at sequence `_base_sequence`.
-        self._base_step = 0
-        self._base_sequence = 0
+        self.corpora = [corpus] if isinstance(corpus, Corpus) else list(corpus)
+        stages = list(stages) or [Stage(0, global_batch, micro_batch, sequence_length)]
+        for stage in stages:
+            _check(stage, rank, ranks)
+        same_tokenizer(self.corpora)
+        self._recipe = (stages, seed, packing)
+        self.stream = self._stream(version)
+        self.rank, self.ranks = rank, ranks
+        self.masked, self.skip_bad, self.pin = masked, skip_bad, pin
+        for each in self.corpora:
+            _ = each.dataset  # imported and mapped here, not on the first step's clock or on the thread
         self._next_step = 0
-        self.skipped: list[tuple[int, int]] = []
+        self.damaged = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
+    def _stream(self, version: int) -> Stream:
+        stages, seed, packing = self._recipe
+        lengths, starts = [each.lengths for each in self.corpora], [each.starts for each in self.corpora]
+        return Stream(lengths, starts, stages, seed, packing, version)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The first source."""
+        return self.corpora[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the text of all sources, in their order."""
+        names = [each.fingerprint for each in self.corpora]
+        return names[0] if len(names) == 1 else xxhash.xxh3_128("\n".join(names).encode()).hexdigest()
+
+    @property
+    def order(self) -> Arrangement:
+        """How the first source is cut at the first length."""
+        return self.stream.arrangement(0, 0)
+
+    @property
+    def skipped(self) -> list[list[int]]:
+        """Spans that are passed over: [first, end] of sequence numbers, with source and run of stages where there are others."""
+        return self.stream.skipped_list()
+
+    @skipped.setter
+    def skipped(self, spans: Sequence[Sequence[int]]) -> None:
+        self.stream.set_skipped(spans)
+
+    def stage(self, step: int) -> Stage:
+        """What a step takes: batch, length, weights."""
+        return self.stream.timetable.at(step).stage
+
     @property
     def micro_batches(self) -> int:
-        """Micro-batches per step on each rank (gradient accumulation steps)."""
-        return self.global_batch // (self.ranks * self.micro_batch)
+        """Micro-batches of the first stage's steps on each rank (gradient accumulation steps)."""
+        stage = self.stream.stages[0]
+        return stage.batch // (self.ranks * stage.micro_batch)
 
     @property
     def steps_per_epoch(self) -> float:
-        """Global steps that one pass over the corpus lasts."""
-        return self.order.windows_per_epoch / self.global_batch
+        """Global steps that one pass over the first source lasts, if all sequences are its own."""
+        return self.order.windows_per_epoch / self.stream.stages[0].batch
 
     def first_sequence(self, step: int) -> int:
-        """Number of the first sequence of a global step."""
-        first = self._base_sequence + (step - self._base_step) * self.global_batch
-        if step < 0 or first < 0:
-            raise UsageError(f"step {step} lies before the first sequence of this run")
-        return first
+        """Sequences that the run has used before a global step."""
+        return self.stream.timetable.place(step).sequences
 
-    def position(self, step: int) -> int:
+    def tokens(self, step: int) -> int:
+        """Tokens (positions) that the run has used before a global step."""
+        return self.stream.timetable.place(step).tokens
+
+    def passes(self, step: int) -> list[float]:
+        """How often the run has gone through each source before a global step."""
+        return self.stream.passes(step)
+
+    def numbers(self, step: int, batches: Sequence[Batch]) -> dict[str, Any]:
+        """For the metrics of finished step number `step`: passes over sources, and this rank's padding and damage."""
+        found: dict[str, Any] = {}
+        if len(self.corpora) > 1:
+            found["epochs"] = self.passes(step)
+        if self.stream.packing == "best_fit" or self.skip_bad:
+            positions = sum(batch.tokens.numel() for batch in batches)
+            found["padding"] = sum(batch.padding for batch in batches) / positions
+        if self.damaged:
+            found["damaged_tokens"] = self.damaged
+        return found
+
+    def describe(self) -> list[str]:
+        """Lines for the start of a run, on what is not plain concatenation of one source."""
+        lines = []
+        run = self.stage(self._next_step).run
+        for source, corpus in enumerate(self.corpora if len(self.corpora) > 1 else []):
+            windows, weight = (
+                self.stream.arrangement(run, source).windows_per_epoch,
+                self.stage(self._next_step).weights,
+            )
+            share = weight[source] / sum(weight)
+            lines.append(f"source {corpus.prefix}: {share:.1%} of the sequences, {windows} of them in a pass")
+        if self.stream.packing == "best_fit":
+            shares = [self.stream.arrangement(run, source).padding for source in range(len(self.corpora))]
+            lines.append(f"best-fit packing: {', '.join(f'{share:.2%}' for share in shares)} padding")
+        return lines
+
+    def position(self, step: int) -> Position:
         """Where the order stands after `step` steps of this run: the number after that of the last sequence used."""
-        return past(self.skipped, self.first_sequence(step) - 1) + 1
+        return self.stream.position(step)
 
-    def skip_to(self, position: int) -> None:
+    def skip_to(self, position: Position) -> None:
         """Leaves out what comes next, up to `position`, in this run and in those that load its state."""
         self._drop_ahead()
-        first = past(self.skipped, self.first_sequence(self._next_step))
-        if first < position:
-            self.skipped = joined(self.skipped, first, position)
+        self.stream.skip_to(self._next_step, position)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, in the order in which to run them. Any step may be asked
@@ -106,54 +176,89 @@ class Loader:
         self._next_step = step + 1
         if self._thread is not None:
             self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
+        self.damaged += sum(batch.damaged for batch in found)
         return found
 
+    def references(self, step: int, rank: int, ranks: int) -> list[list[Reference]]:
+        """The sequences of each micro-batch of a step on one of so many ranks."""
+        stage = self.stage(step)
+        starts = range(rank * stage.micro_batch, stage.batch, ranks * stage.micro_batch)
+        return [self.stream.references(step, range(start, start + stage.micro_batch)) for start in starts]
+
     def _read(self, step: int) -> list[Batch]:
-        first = self.first_sequence(step)
-        result = []
-        for number in range(self.micro_batches):
-            start = first + (number * self.ranks + self.rank) * self.micro_batch
-            windows = [self.order.spans(past(self.skipped, start + i)) for i in range(self.micro_batch)]
-            result.append(pack(self.corpus, windows, self.order.sequence_length))
-        return result
+        length = self.stage(step).sequence_length
+        found = [self._pack(references, length) for references in self.references(step, self.rank, self.ranks)]
+        return [batch.pin() for batch in found] if self.pin else found
+
+    def _pack(self, references: Sequence[Reference], length: int) -> Batch:
+        sources = {reference.source for reference in references}
+        arrangement = self.stream.arrangement(references[0].run, references[0].source)
+        if len(sources) == 1 and isinstance(arrangement, Concatenated) and not self.skip_bad:
+            segments = arrangement.segments(np.array([reference.sequence for reference in references]))
+            return pack_stream(self.corpora[references[0].source], segments, length, masked=self.masked)
+        rows = [(reference.source, self.stream.row(reference)) for reference in references]
+        return pack_rows(self.corpora, rows, length, masked=self.masked, skip_bad=self.skip_bad)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the data stands after the last step handed out; the same on all ranks, plain values only."""
-        return {
-            "order_version": ORDER_VERSION,
-            "corpus": self.corpus.fingerprint,
-            "seed": self.order.seed,
-            "sequence_length": self.order.sequence_length,
+        place = self.stream.timetable.place(self._next_step)
+        state = {
+            "order_version": self.stream.version,
+            "corpus": self.fingerprint,
+            "seed": self.stream.seed,
+            "sequence_length": self.stream.stages[0].sequence_length,
+            "packing": self.stream.packing,
             "step": self._next_step,
-            "sequences": self.first_sequence(self._next_step),
-            "skipped": [list(span) for span in self.skipped],
+            "sequences": place.sequences,
+            "skipped": self.skipped,
         }
+        if len(self.corpora) > 1 or len(self.stream.stages) > 1:
+            state["place"] = self.stream.place_to(place)
+        return state
+
+    def changed(self, state: dict[str, Any]) -> str | None:
+        """The first thing for which the same tokens would not follow `state`; None if they would."""
+        mine, saved = self.state_dict(), {"packing": "concatenate", **state}
+        for key in ("corpus", "seed", "sequence_length", "packing"):
+            if saved.get(key) != mine[key]:
+                return key
+        version = saved.get("order_version")
+        return None if version in ORDER_VERSIONS and (version != 1 or self.stream.simple) else "order_version"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after the last step of the run that saved `state`; ranks, micro_batch and global_batch may differ
-        from that run's.
+        from that run's, and stages from the one in force on.
 
-        Raises ValueError if the corpus, seed, sequence_length or the order's version differ: the same tokens would
-        not follow.
+        Raises ValueError if the corpus, seed, sequence_length, packing or the order's version differ: the same tokens
+        would not follow.
         """
-        mine = self.state_dict()
         causes = {
             "corpus": "point `data.path` at the corpus that the checkpoint was trained on",
             "seed": "set the data seed to the checkpoint's",
             "sequence_length": "set `sequence_length` to the checkpoint's",
+            "packing": "set `data.packing` to the checkpoint's",
             "order_version": "use the release that wrote the checkpoint",
         }
-        for key, fix in causes.items():
-            if state.get(key) != mine[key]:
-                where = f" ({self.corpus.prefix})" if key == "corpus" else ""
-                raise UsageError(
-                    f"cannot continue the data order: the checkpoint has {key} {state.get(key)!r}, "
-                    f"this run has {mine[key]!r}{where}; {fix}, or start a new run"
-                )
+        key = self.changed(state)
+        if key is not None:
+            where = f" ({self.corpus.prefix})" if key == "corpus" else ""
+            raise UsageError(
+                f"cannot continue the data order: the checkpoint has {key} {state.get(key)!r}, "
+                f"this run has {self.state_dict()[key]!r}{where}; {causes[key]}, or start a new run"
+            )
         self._drop_ahead()
-        self._base_step = self._next_step = int(state["step"])
-        self._base_sequence = int(state["sequences"])
-        self.skipped = [(int(first), int(end)) for first, end in state.get("skipped", [])]
+        if state["order_version"] != self.stream.version:
+            self.stream = self._stream(state["order_version"])
+        self.stream.begin(_place(state))
+        self.stream.set_skipped(state.get("skipped", []))
+        self._next_step = int(state["step"])
+
+    def beginning(self, step: int, tokens: int) -> dict[str, Any]:
+        """The state of a run that begins a new order after so many steps and tokens."""
+        state = {**self.state_dict(), "step": step, "sequences": 0, "skipped": []}
+        if "place" in state:
+            state["place"] = {"tokens": tokens, "run": -1, "counts": [], "index": 0, "weights": []}
+        return state
 
     def _drop_ahead(self) -> None:
         # The thread must be done before the numbering and the order's tables, which it reads, are used from here.
@@ -168,3 +273,49 @@ class Loader:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
+
+
+def _place(state: dict[str, Any]) -> Place:
+    sequences = int(state["sequences"])
+    plain = {"tokens": sequences * int(state["sequence_length"]), "run": 0, "counts": [sequences], "index": sequences}
+    place = state.get("place") or {**plain, "weights": [1.0]}
+    return Place(
+        step=int(state["step"]),
+        tokens=int(place["tokens"]),
+        sequences=sequences,
+        run=int(place["run"]),
+        counts=tuple(int(count) for count in place["counts"]),
+        index=int(place["index"]),
+        weights=tuple(float(weight) for weight in place["weights"]),
+        passes=tuple(float(passed) for passed in place.get("earlier_passes", ())),
+    )
+
+
+def same_tokenizer(corpora: Sequence[Corpus]) -> None:
+    """Raises ValueError unless all sources that say which tokenizer wrote them name the same one."""
+    known = [(each, each.manifest.tokenizer.xxh3_128) for each in corpora if each.manifest is not None]
+    for other, found in known[1:]:
+        if found != known[0][1]:
+            raise UsageError(
+                f"{other.prefix} was written with another tokenizer (xxh3_128 {found}) than {known[0][0].prefix} "
+                f"({known[0][1]}): prepare it again with `--tokenizer {known[0][0].tokenizer_path}`"
+            )
+
+
+def _check(stage: Stage, rank: int, ranks: int) -> None:
+    global_batch, micro_batch = stage.batch, stage.micro_batch
+    if min(global_batch, micro_batch, ranks) < 1:
+        raise UsageError(
+            f"global_batch ({global_batch}), micro_batch ({micro_batch}) and ranks ({ranks}) must be at least 1"
+        )
+    if not 0 <= rank < ranks:
+        raise UsageError(f"rank {rank} is not one of {ranks} data-parallel ranks")
+    if global_batch % (ranks * micro_batch):
+        unit = ranks * micro_batch
+        near = sorted({max(unit, global_batch // unit * unit), (global_batch // unit + 1) * unit})
+        when = f" from {stage.tokens} tokens on" if stage.tokens else ""
+        raise UsageError(
+            f"global_batch {global_batch}{when} does not divide by {ranks} data-parallel ranks x "
+            f"micro_batch {micro_batch} = {unit}: use global_batch {' or '.join(map(str, near))}, "
+            f"or another micro_batch"
+        )

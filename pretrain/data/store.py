@@ -19,10 +19,10 @@ from pretrain.data.tokenizer import Tokenizer
 class Corpus:
     """Documents of token ids in a memory-mapped `.bin`, read through megatron-core's IndexedDataset.
 
-    prefix: path without `.bin`/`.idx`. lengths: int64 [documents]. tokens: their sum. vocabulary_size: None if a bare
-    prefix was opened without one. token_bytes: int32 [vocabulary], bytes of text per token (0 for bos and eos), or
-    None. fingerprint: names the content, so that a checkpoint can refuse another corpus. manifest: None for a bare
-    prefix.
+    prefix: path without `.bin`/`.idx`. lengths: int64 [documents]. starts: int64 [documents + 1], tokens before each
+    document. tokens: their sum. vocabulary_size: None if a bare prefix was opened without one. token_bytes: int32
+    [vocabulary], bytes of text per token (0 for bos and eos), or None. fingerprint: names the content, so that a
+    checkpoint can refuse another corpus. manifest: None for a bare prefix.
     """
 
     def __init__(
@@ -36,7 +36,9 @@ class Corpus:
         manifest: manifests.Manifest | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        header, self.lengths, self._offsets = read_index(prefix)
+        header, self.lengths, _ = read_index(prefix)
+        # Documents lie back to back, so this is all that finds them; the offsets in bytes say the same again.
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
         self.prefix = prefix
         self.dtype = header.dtype
         self.tokens = int(self.lengths.sum())
@@ -108,10 +110,13 @@ class Corpus:
         """
         size = int(self.lengths[document]) - start if length is None else length
         assert start >= 0 and size >= 0 and start + size <= self.lengths[document], "span outside the document"
-        offset = int(self._offsets[document]) + start * self.dtype.itemsize
-        ids = self.dataset.bin_reader.read(dtype=self.dtype.type, count=size, offset=offset)
-        self.check_ids(ids, offset)
+        ids = self.raw(int(self.starts[document]) + start, size)
+        self.check_ids(ids, (int(self.starts[document]) + start) * self.dtype.itemsize)
         return ids
+
+    def raw(self, first: int, count: int) -> np.ndarray:
+        """`count` tokens of the file from its token `first` on, whatever documents they belong to, unchecked."""
+        return self.dataset.bin_reader.read(dtype=self.dtype.type, count=count, offset=first * self.dtype.itemsize)
 
     def check_ids(self, ids: np.ndarray, offset: int) -> None:
         """Raises DataError if any of `ids`, read from byte `offset` of the `.bin`, is outside the vocabulary."""

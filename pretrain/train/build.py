@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from pretrain.checkpoint.near.tier import Tier
 from pretrain.checkpoint.storage import read
 from pretrain.config import ConfigError, RunConfig
 from pretrain.data.loader import Loader
+from pretrain.data.opening import loader_of, open_sources, open_validation
 from pretrain.data.store import Corpus
 from pretrain.model.decoder import Decoder
 from pretrain.model.stage import Stage, Stages
@@ -45,7 +46,7 @@ class Assembled:
     loader: Loader
     checkpoints: Checkpoints
     near: Tier | None
-    validation: Corpus
+    validation: dict[str, Corpus]
     resumed: bool
 
 
@@ -56,18 +57,19 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
     """
     mesh = or_usage(lambda: Mesh(config.mesh, job))
     heartbeat.phase("data")
-    corpus, validation = open_data(config)
-    config = with_vocabulary(config, corpus.vocabulary_size)
+    corpora = open_sources(config.data, config.model.vocabulary)
+    validation = open_validation(config.data, corpora)
+    config = with_vocabulary(config, corpora[0].vocabulary_size)
     loader = or_usage(
-        lambda: Loader(
-            corpus,
-            sequence_length=config.data.sequence_length,
-            global_batch=config.train.batch,
-            micro_batch=config.train.micro_batch,
-            seed=config.data.seed,
-            rank=mesh.dp_rank,
-            ranks=mesh.dp_size,
+        lambda: loader_of(
+            config.data,
+            corpora,
+            config.train.batch,
+            config.train.micro_batch,
+            mesh.dp_rank,
+            mesh.dp_size,
             prefetch=config.data.prefetch,
+            pin=job.device.type == "cuda",
         )
     )
     checkpoints = Checkpoints(
@@ -84,7 +86,7 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
     checkpoints.sweep()
     resumed = or_usage(lambda: restore(run, checkpoints, loader, near=near))
     if job.first:
-        _write_config(config, corpus)
+        _write_config(config, corpora[0])
     return Assembled(run, mesh, loader, checkpoints, near, validation, resumed)
 
 
@@ -148,21 +150,6 @@ def start_from(path: Path, model: Decoder, agreement: Agreement) -> list[str]:
     ours, theirs = plain(model.config), plain(model_config(entry))
     others = differences(ours, theirs, "it") if len(ours.layers) == len(theirs.layers) else []
     return [f"initial weights: {entry.path}", *(f"  unlike there, {line}" for line in others)]
-
-
-def open_data(config: RunConfig) -> tuple[Corpus, Corpus]:
-    """(training corpus, validation corpus). Raises DataError for missing or damaged files."""
-    data = config.data
-    options: Any = {"vocabulary_size": config.model.vocabulary, "tokenizer": data.tokenizer}
-    corpus = Corpus.open(data.path, "train", **options)
-    if data.validation_path is None and corpus.manifest is None:
-        raise ConfigError(
-            f"data.path = {data.path} is a bare Megatron pair, which has no validation split; set data.validation_path"
-        )
-    if data.validation_path is not None:
-        options = {"vocabulary_size": corpus.vocabulary_size, "tokenizer": corpus.tokenizer_path}
-        return corpus, Corpus.open(data.validation_path, "validation", **options)
-    return corpus, Corpus.open(data.path, "validation")
 
 
 T = TypeVar("T")

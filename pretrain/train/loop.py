@@ -19,7 +19,7 @@ from pretrain.estimate import flops, hardware
 from pretrain.exit import FINISHED, PREEMPTED
 from pretrain.model.decoder import Decoder
 from pretrain.model.files import count, empty
-from pretrain.train import heartbeat, layout
+from pretrain.train import heartbeat, layout, stages
 from pretrain.train.balance import Balance
 from pretrain.train.build import Assembled, assemble, or_usage
 from pretrain.train.callback import Callback, Run
@@ -41,7 +41,8 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
     """Trains, or goes on training, and returns the exit code. `extra` callbacks run before the built-in ones."""
     with Signals() as signals:
         heartbeat.watch(config)
-        layout.check(config, int(os.environ.get("WORLD_SIZE", 1)))  # before anybody waits for anybody
+        # Before anybody waits for anybody.
+        stages.check(config, layout.check(config, int(os.environ.get("WORLD_SIZE", 1))))
         alone = config.engine.kind == "deepspeed"  # which wants a group for one rank, too
         heartbeat.phase("rendezvous")
         job = or_usage(lambda: processes.join(config.train.device, config.train.timeout, group_for_one=alone))
@@ -76,6 +77,7 @@ class Loop:
         # The order matters: balancing completes the record; saving comes last, so that a saved step lacks nothing.
         self.callbacks: list[Callback] = [
             *extra,
+            stages.Stages(parts.loader, self.progress),
             Balance(parts.mesh),
             Metrics(config.log.tensorboard),
             self.progress,
@@ -119,7 +121,7 @@ class Loop:
         if self.guard.settle(run.step + 1, result) and self._rolled_back(result):
             return
         run.step += 1
-        tokens = config.train.batch * config.data.sequence_length
+        tokens = self.parts.loader.stage(run.step - 1).step_tokens
         run.tokens += tokens
         seconds = time.perf_counter() - start
         speed = _flops(self.whole, batches) / self.sharers / seconds
@@ -138,6 +140,7 @@ class Loop:
             "mfu_measured": speed / self.measured,
             "memory_bytes": _memory(run.processes, self.memory),
         }
+        run.record |= self.parts.loader.numbers(run.step, batches)
         if not result.updated:
             run.record["skipped"] = True
         if self.replica_check.went_back(saving=self.save.due(run) or self.near.due(run)):
@@ -186,12 +189,14 @@ def _announce(run: Run, parts: Assembled, progress: Progress) -> None:
     progress.say(
         f"{config.run}: {human(total)} parameters, {human(active)} active; {parts.mesh.picture()}; "
         f"{config.engine.kind} engine, {config.train.precision}; "
-        f"{human(config.train.batch * config.data.sequence_length)} tokens a step"
+        f"{human(parts.loader.stage(run.step).step_tokens)} tokens a step"
     )
     if parts.mesh.grid.world > parts.mesh.dp_size:
         progress.say(parts.mesh.draw())
     start = f"starting from {config.train.initial}" if config.train.initial else "starting from scratch"
     progress.say(f"resumed after step {run.step}" if parts.resumed else start)
+    for text in parts.loader.describe():
+        progress.say(text)
 
 
 def _peaks(run: Run) -> tuple[float | None, float, str | None]:

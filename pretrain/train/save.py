@@ -15,6 +15,7 @@ from pretrain.checkpoint.errors import CheckpointError, NoMemory
 from pretrain.checkpoint.identity import check_same_model
 from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.checkpoint.near.tier import Tier
+from pretrain.data.config import DataConfig
 from pretrain.data.loader import Loader
 from pretrain.train import heartbeat
 from pretrain.train.callback import Callback, Run
@@ -114,12 +115,15 @@ class Save(Callback):
 
 def content(run: Run, loader: Loader) -> dict[str, Any]:
     """What a checkpoint holds besides tensors."""
+    rope_theta = loader.stage(run.step).rope_theta
     return {
         "step": run.step,
         "tokens": run.tokens,
         "data": loader.state_dict(),
         "faults": run.faults.to_meta(),
         "config": run.config.model_dump(mode="json"),
+        # What the model computes with from here on, where that is no longer what its configuration says.
+        **({} if rope_theta is None else {"rope_theta": rope_theta}),
     }
 
 
@@ -159,7 +163,10 @@ def _check(run: Run, loader: Loader, meta: dict[str, Any]) -> None:
 def _identities(run: Run, meta: dict[str, Any], loader: Loader) -> tuple[dict[str, Any], dict[str, Any]]:
     """The saved and the present configuration, each with the hash of its corpus: the folder may move, the text may not."""
     current = run.config.model_dump(mode="json")
-    return _with_hash(meta["config"], meta["data"]["corpus"]), _with_hash(current, loader.corpus.fingerprint)
+    # Settings that the saved configuration does not know have done what their defaults do.
+    data = DataConfig.model_validate(meta["config"]["data"]).model_dump(mode="json")
+    saved = {**meta["config"], "data": data}
+    return _with_hash(saved, meta["data"]["corpus"]), _with_hash(current, loader.fingerprint)
 
 
 def _with_hash(config: dict[str, Any], corpus: str) -> dict[str, Any]:
@@ -168,7 +175,5 @@ def _with_hash(config: dict[str, Any], corpus: str) -> dict[str, Any]:
 
 def _data_state(meta: dict[str, Any], loader: Loader, run: Run) -> dict[str, Any]:
     """Where the data goes on. After an allowed change of corpus, seed or length there is no old place: a new order begins."""
-    saved, fresh = meta["data"], loader.state_dict()
-    if all(saved[key] == fresh[key] for key in ("corpus", "seed", "sequence_length", "order_version")):
-        return saved
-    return {**fresh, "step": run.step, "sequences": 0, "skipped": []}
+    saved = meta["data"]
+    return saved if loader.changed(saved) is None else loader.beginning(run.step, run.tokens)

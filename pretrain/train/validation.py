@@ -24,8 +24,10 @@ ASK = 4  # batches; every rank has equally many, so all ask each other at the sa
 class Validation(Callback):
     """flag: whether this rank was told to stop. A validation that was cut short leaves no record; the next start does it."""
 
-    def __init__(self, corpus: Corpus, progress: Progress, mesh: Mesh, flag: Callable[[], bool] = lambda: False):
-        self.corpus, self.progress, self.mesh, self.flag = corpus, progress, mesh, flag
+    def __init__(
+        self, corpora: dict[str, Corpus], progress: Progress, mesh: Mesh, flag: Callable[[], bool] = lambda: False
+    ):
+        self.corpora, self.progress, self.mesh, self.flag = corpora, progress, mesh, flag
         self.cut = False
 
     def on_start(self, run: Run) -> None:
@@ -58,34 +60,44 @@ class Validation(Callback):
             heartbeat.phase("end", run.step)
 
     def validate(self, run: Run, sequences: int | None) -> None:
-        config, processes = run.config, run.processes
-        batches = ValidationSet(
-            self.corpus,
-            sequence_length=config.data.sequence_length,
-            micro_batch=config.train.micro_batch,
-            rank=self.mesh.dp_rank,
-            ranks=self.mesh.dp_size,
-            limit=sequences,
-        )
-        result = score(
-            run.engine.evaluate,
-            run.model,
-            self._until_told(batches, run),
-            self.corpus.token_bytes,
-            processes,
-            config.train.precision,
-            self.mesh,
-        )
-        if self.cut:
-            run.stop = "preempted"
-            return
+        """Scores so many sequences of each source. The blend's numbers are those of all their targets together."""
+        processes = run.processes
+        results: dict[str, dict[str, float]] = {}
+        for name, corpus in self.corpora.items():
+            results[name] = self._score(run, corpus, sequences)
+            if self.cut:
+                run.stop = "preempted"
+                return
+        result = together(list(results.values()))
         record: dict[str, Any] = {"step": run.step, "tokens": run.tokens, **result}
+        if len(results) > 1:
+            record["sources"] = {name: finite(each) for name, each in results.items()}
         scope = "whole validation split" if sequences is None else f"{sequences} validation sequences"
         bits = "" if math.isnan(result["bits_per_byte"]) else f"  {result['bits_per_byte']:.3f} bits per byte"
         self.progress.say(f"step {run.step}: validation loss {result['validation_loss']:.4f}{bits}  ({scope})")
         if processes.first:
             with (run.folder / FILE).open("a") as file:
                 file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+    def _score(self, run: Run, corpus: Corpus, sequences: int | None) -> dict[str, float]:
+        config = run.config
+        batches = ValidationSet(
+            corpus,
+            sequence_length=config.data.sequence_length,
+            micro_batch=config.train.micro_batch,
+            rank=self.mesh.dp_rank,
+            ranks=self.mesh.dp_size,
+            limit=sequences,
+        )
+        return score(
+            run.engine.evaluate,
+            run.model,
+            self._until_told(batches, run),
+            corpus.token_bytes,
+            run.processes,
+            config.train.precision,
+            self.mesh,
+        )
 
     def _until_told(self, batches: ValidationSet, run: Run) -> Iterator[Batch]:
         for number, batch in enumerate(batches):
@@ -94,3 +106,18 @@ class Validation(Callback):
                 self.cut = True
                 return
             yield batch
+
+
+def together(results: list[dict[str, float]]) -> dict[str, float]:
+    """The result over all targets of several corpora from the results of each."""
+    if len(results) == 1:
+        return results[0]
+    tokens, size = (int(sum(each[key] for each in results)) for key in ("scored_tokens", "scored_bytes"))
+    nats = sum(each["validation_loss"] * each["scored_tokens"] for each in results)
+    counted = all(each["scored_bytes"] for each in results)
+    return {
+        "validation_loss": nats / max(1, tokens),
+        "bits_per_byte": nats / math.log(2) / size if counted else math.nan,
+        "scored_tokens": tokens,
+        "scored_bytes": size,
+    }

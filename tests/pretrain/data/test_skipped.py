@@ -46,14 +46,14 @@ def test_what_is_skipped_is_seen_by_no_rank_and_the_rest_by_one(corpus: Corpus) 
         parts = [loader(corpus, rank=rank, ranks=ranks, prefetch=ranks == 2) for rank in range(ranks)]
         for part in parts:
             part.batches(0), part.batches(1), part.batches(2)
-            assert part.position(3) == 12
+            assert part.position(3) == {(0, 0): 12}
             part.load_state_dict({**part.state_dict(), "step": 1, "sequences": 4})
-            part.skip_to(12)
-            assert part.skipped == [(4, 12)] and part.position(1) == 4 and part.position(2) == 16
+            part.skip_to({(0, 0): 12})
+            assert part.skipped == [[4, 12]] and part.position(1) == {(0, 0): 4} and part.position(2) == {(0, 0): 16}
             part.batches(1), part.batches(2)
             part.load_state_dict({**part.state_dict(), "step": 0, "sequences": 0, "skipped": []})
-            part.skip_to(20)
-            assert part.skipped == [(0, 20)]
+            part.skip_to({(0, 0): 20})
+            assert part.skipped == [[0, 20]]
         used = []
         for step in (0, 1):
             for micro in range(4 // ranks):
@@ -71,7 +71,7 @@ def test_what_is_skipped_is_seen_by_no_rank_and_the_rest_by_one(corpus: Corpus) 
 
 def test_a_state_from_before_spans_were_known_has_none(corpus: Corpus) -> None:
     fresh = loader(corpus)
-    fresh.skip_to(3)
+    fresh.skip_to({(0, 0): 3})
     state = {key: value for key, value in fresh.state_dict().items() if key != "skipped"}
     fresh.load_state_dict(state)
     assert fresh.skipped == []

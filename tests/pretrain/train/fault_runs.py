@@ -146,7 +146,7 @@ def job(
     # What these tests do not look at, and takes longer than all the steps.
     for slow in (LossCurve, Validation):
         slow.on_end = lambda self, run: None  # type: ignore[method-assign]
-    loop._peaks = lambda run: (None, 1.0)
+    loop._peaks = lambda run: (None, 1.0, None)
     seen = next((one.first for one in callbacks if isinstance(one, Seen)), None)
     try:
         return loop.train(configuration(run, corpus, *COMMON, *overrides), callbacks), seen

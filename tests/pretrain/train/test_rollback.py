@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from pretrain.data import opening
 from pretrain.data.loader import Loader
 from pretrain.data.store import Corpus
-from pretrain.train import build
 from pretrain.train.callback import Callback, Run
 from tests.pretrain.train.fault_runs import (
     PRELOAD,
@@ -61,7 +61,7 @@ class Without(Loader):
 
 
 def never_had_them(rank: int, world: int, *arguments: Any) -> Any:
-    build.Loader = Without  # type: ignore[misc]
+    opening.Loader = Without  # type: ignore[misc]
     return job(rank, world, *arguments)
 
 
