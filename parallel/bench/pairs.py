@@ -21,7 +21,7 @@ from parallel.fabric.pairwise import pairwise, places
 from parallel.processes import Processes, join, leave
 
 WIDEST = 16  # ranks whose matrix is printed
-SIZES = {"cpu": "8,64K,1M", "cuda": "8,1M,64M"}
+SIZES = {"cpu": "8,4K,64K,256K,1M", "cuda": "8,64K,1M,16M,64M"}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from parallel.fabric.topology import factor
 
+FEW = 5
 LEVEL = 0.9  # share of the saturated bandwidth at which a curve counts as saturated
 BENT = 0.10  # relative deviation that three neighbours share, beyond which rows do not follow the model
 _Floats = NDArray[np.float64]
@@ -139,7 +140,8 @@ def straight(x: _Floats, seconds: _Floats) -> Line:
     """The line through positive times that makes relative errors small, alpha >= 0 and slope >= 0; robust to outliers.
 
     Least squares of (t - line) / line, reweighted by Tukey's biweight (c = 4.685, scale by the median absolute deviation), which
-    has 95 % of the efficiency of least squares when all errors are normal. x, seconds: [N], N >= 2.
+    has 95 % of the efficiency of least squares when all errors are normal. Of fewer than FEW points none can be told to be an
+    outlier: plain least squares. x, seconds: [N], N >= 2.
     """
     design = np.stack([np.ones_like(x), x], axis=1)
     few = max(1, len(x) // 4)  # where to begin: latency by the smallest sizes, bandwidth by the largest
@@ -152,13 +154,14 @@ def straight(x: _Floats, seconds: _Floats) -> Line:
         line = np.maximum(design @ guess, 1e-12)
         relative = (seconds - line) / line
         scale = max(1.4826 * float(np.median(np.abs(relative))), 1e-9)
-        weights = np.clip(1 - (relative / (4.685 * scale)) ** 2, 0, None) ** 2 if len(x) > 2 else np.ones_like(x)
+        weights = np.clip(1 - (relative / (4.685 * scale)) ** 2, 0, None) ** 2 if len(x) >= FEW else np.ones_like(x)
         better = _solve(design, seconds, weights / line**2)
         if np.allclose(better, guess, rtol=1e-10, atol=0):
             break
         guess = better
     line = np.maximum(design @ guess, 1e-12)
-    errors = _errors(design, weights, scale, line) if len(x) > 2 else (None, None)
+    relative = (seconds - line) / line
+    errors = _errors(design / line[:, None], scale, relative) if len(x) > 2 else (None, None)
     return Line(float(guess[0]), float(guess[1]), *errors, scale if len(x) > 2 else 0.0, weights)
 
 
@@ -173,25 +176,25 @@ def _solve(design: _Floats, seconds: _Floats, weights: _Floats) -> _Floats:
     return min(lines, key=lambda line: float((weights * (seconds - design @ line) ** 2).sum()))
 
 
-def _errors(design: _Floats, weights: _Floats, scale: float, line: _Floats) -> tuple[float | None, float | None]:
-    """Standard errors of a robust regression by Huber's formula, with the factor for few points."""
-    points = len(line)
-    used = weights > 0
-    relative = design / line[:, None]
-    if used.sum() < 3:
-        return None, None
-    # psi'(u) of the biweight, by which the effective number of points counts, from weights = (1 - v)^2, v = (u / c)^2
-    v = 1 - np.sqrt(weights)
-    slopes = np.where(used, (1 - v) * (1 - 5 * v), 0.0)
-    u_squared = v * (4.685**2)
-    psi_squared = float((weights**2 * u_squared).sum() / (points - 2))
-    mean_slope = max(float(slopes.mean()), 0.1)
-    variance = scale**2 * psi_squared / mean_slope**2
+def _errors(design: _Floats, scale: float, residuals: _Floats) -> tuple[float | None, float | None]:
+    """Standard errors: of a robust regression by Huber's formula, with the factor for few points; of few, the usual ones.
+
+    design, residuals: relative ones.
+    """
+    points = len(residuals)
+    if points < FEW:
+        variance = float((residuals**2).sum()) / (points - 2)
+    else:
+        # psi and its derivative (u is the residual over the scale), from the weights (1 - v)^2 with v = (u / 4.685)^2
+        v = np.minimum((residuals / (4.685 * scale)) ** 2, 1.0)
+        psi_squared = float(((1 - v) ** 4 * v).sum()) * 4.685**2 / (points - 2)
+        slope = float(((1 - v) * (1 - 5 * v)).mean())
+        variance = scale**2 * psi_squared / max(slope, 0.1) ** 2
     try:
-        covariance = np.linalg.inv(relative.T @ relative) * variance
+        covariance = np.linalg.inv(design.T @ design) * variance
     except np.linalg.LinAlgError:
         return None, None
-    return float(math.sqrt(covariance[0, 0])), float(math.sqrt(covariance[1, 1]))
+    return math.sqrt(covariance[0, 0]), math.sqrt(covariance[1, 1])
 
 
 def _bent(ratio: _Floats, limit: float) -> bool:

@@ -113,15 +113,17 @@ class _Meeting:
         own = torch.tensor([partner, self.stop(), *times], dtype=torch.float64, device=self.processes.device)
         everyone = [torch.empty_like(own) for _ in range(self.processes.world)]
         dist.all_gather(everyone, own)
-        told = False
-        for sender, values in enumerate(torch.stack(everyone).tolist()):
-            told |= values[1] != 0
+        table = torch.stack(everyone).tolist()
+        for sender, values in enumerate(table):
             if values[0] >= 0:
-                self.matrix.put(sender, int(values[0]), values[2:])
-        return not told
+                partner, trips = int(values[0]), values[2:]
+                latency = min(trips[0], table[partner][2]) / 2  # both have measured it
+                # A message takes no less than the reply, so half is the least; where a reply was held up, the better guess.
+                self.matrix.put(sender, partner, [latency, *(max(trip - latency, trip / 2) for trip in trips[1:])])
+        return not any(values[1] for values in table)
 
     def ask(self, partner: int) -> list[float]:
-        """Seconds one way to the partner, of each size."""
+        """Seconds to the partner and, with a small message, back, of each size."""
         found: list[float] = []
         for buffer in self.buffers:
             first = min(self.there_and_back(buffer, partner) for _ in range(2))  # the first of all connects the two
@@ -129,9 +131,7 @@ class _Meeting:
             dist.send(torch.tensor([count], device=buffer.device), partner)
             # The first one asks whether it may come, the others were asked for before. The mean: a process that stops and goes
             # on slows one message in a hundred, and that one by a thousand.
-            took = statistics.fmean([self.there_and_back(buffer, partner) for _ in range(1 + count)][1:])
-            # The message takes no less than the reply, so half is the least; where the reply was held up, it is the better guess.
-            found.append(took / 2 if not found else max(took - found[0], took / 2))
+            found.append(statistics.fmean([self.there_and_back(buffer, partner) for _ in range(1 + count)][1:]))
         return found
 
     def answer(self, partner: int) -> None:

@@ -89,6 +89,21 @@ def test_one_stray_row_has_no_weight_and_is_named() -> None:
     assert found.busbw_gbs == pytest.approx(100, rel=0.05)
 
 
+@pytest.mark.parametrize("sizes", [3, 4])
+def test_few_sizes_have_the_errors_of_least_squares(sizes: int) -> None:
+    """Against numpy's fit with the same weights."""
+    rng = np.random.default_rng(sizes)
+    rows = curve("send_recv", 2, 10e-6, 1e9, [8, 1 << 12, 1 << 16, 1 << 20][-sizes:], rng, 0.05, 0.0)
+    (found,) = fit(rows)
+    x, y = np.array([row.bytes for row in rows], float), np.array([row.seconds for row in rows])
+    (slope, alpha), covariance = np.polyfit(x, y, 1, w=1 / np.array([found.seconds(each) for each in x]), cov=True)
+    assert found.alpha_us == pytest.approx(1e6 * alpha, rel=1e-3)
+    assert found.busbw_gbs == pytest.approx(1e-9 / slope, rel=1e-3)
+    assert found.alpha_error_us == pytest.approx(1e6 * math.sqrt(covariance[1, 1]), rel=0.01)
+    assert found.busbw_error_gbs == pytest.approx(1e-9 * math.sqrt(covariance[0, 0]) / slope**2, rel=0.01)
+    assert not found.outliers
+
+
 def test_groups_apart_repeats_together() -> None:
     rows = [
         Row("all_reduce", name, ranks, 1 << k, 1e-5 * ranks + (1 << k) / 1e9)
