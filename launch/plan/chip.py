@@ -18,8 +18,9 @@ STREAMED_ELSEWHERE = 0.8
 # A product reaches 90 % of the ceiling at 200 GFLOP on a device of 668 TFLOP/s (Anthony et al. 2025, arXiv 2511.17127): as if
 # each took this much longer than its FLOPs say, to fill the device and to empty it again.
 RAMP = 200e9 / 668e12 / 9.0
-# Attention and recurrences beside their matrix products reach less: softmax, decays and masks share the time.
-KERNEL_SHARE = 0.5
+# Attention reaches less than plain products: softmax and masks share the time. Half of it is usual for fused kernels on GPUs; on
+# CPUs a fifth was measured (torch's forms; recurrences in chunks reach less still).
+KERNEL_SHARE, KERNEL_SHARE_CPU = 0.5, 0.2
 
 
 @dataclass(frozen=True, eq=False)  # known by identity, so that times can be remembered
@@ -28,7 +29,7 @@ class Chip:
 
     nominal: FLOP/s by the datasheet. ceiling: of the best matrix product. bandwidth: bytes/s of streams through memory.
     measured: rates by size, where there are some. ramp: seconds that a product takes more than at the ceiling's rate, where there
-    are none. notes: where the numbers come from.
+    are none. kernels: share of the ceiling that attention and recurrences reach. notes: where the numbers come from.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Chip:
     bandwidth: float
     memory: float
     ramp: float
+    kernels: float = KERNEL_SHARE
     measured: Measured | None = field(default=None, repr=False)
     notes: tuple[str, ...] = field(default=(), repr=False)
 
@@ -79,7 +81,9 @@ class Chip:
             notes.append(
                 f"memory: not measured; {share:.0%} of the nominal {hardware.memory_bandwidth_gbs:g} GB/s is assumed"
             )
-        notes.append(f"arithmetic outside of matrix products (attention, recurrences): {KERNEL_SHARE:.0%} of that rate")
+        cpu = measured is not None and measured.threads is not None
+        kernels = KERNEL_SHARE_CPU if cpu else KERNEL_SHARE
+        notes.append(f"arithmetic outside of matrix products (attention, recurrences): {kernels:.0%} of that rate")
         return cls(
             hardware.name,
             precision,
@@ -88,6 +92,7 @@ class Chip:
             bandwidth,
             hardware.memory_gib * 2**30,
             0.0 if table is not None else RAMP,
+            kernels,
             table,
             tuple(notes),
         )
@@ -98,7 +103,7 @@ class Chip:
 
     def arithmetic(self, flops: float) -> float:
         """Seconds of FLOPs that are no plain matrix products."""
-        return flops / (KERNEL_SHARE * self.ceiling)
+        return flops / (self.kernels * self.ceiling)
 
     def stream(self, count: float) -> float:
         """Seconds of bytes through memory."""
@@ -108,8 +113,8 @@ class Chip:
         """FLOP/s of a product of this size: by the measured sizes nearest to it, or the ceiling where none was measured."""
         if self.measured is None:
             return self.ceiling
-        sizes = (max(1, round(size)) for size in (m, n, k))
-        return min(self.ceiling, self.measured.rate(*sizes, self.precision) or self.ceiling)
+        rows, columns, depth = (max(1, round(size)) for size in (m, n, k))
+        return min(self.ceiling, self.measured.rate(rows, columns, depth, self.precision) or self.ceiling)
 
 
 @lru_cache(maxsize=100_000)

@@ -42,6 +42,8 @@ class Search:
     fixed: frozenset[str] = frozenset()
     progress: Progress = lambda done, total: None
     _seen: dict[tuple[Any, ...], Forecast] = field(default_factory=dict, repr=False)
+    _pace: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
+    """(cp, tp, ep, micro-batch) -> seconds of computation of a micro-batch, all layers on one rank."""
 
     def run(self, config: RunConfig, gpus: int, refine: int = REFINED) -> Found:
         """config: with the batch and sequence length; its layout is replaced but for what is fixed.
@@ -58,9 +60,8 @@ class Search:
         try:
             for index, (plain, grid) in enumerate(open_grids):
                 self.progress(index, total)
-                shardings = variants.shardings(plain, grid, self.planner.question.node, self.fixed)
-                for one, alike in self._legal(shardings, gpus):
-                    ranking.add(self._trials(one, alike, found, step=2))
+                if not self._hopeless(plain, grid, ranking):
+                    self._first_look(plain, grid, ranking, found)
             self._recompute(ranking, found)
             for index, leader in enumerate(ranking.leaders(refine)):
                 self.progress(len(open_grids) + index, total)
@@ -71,11 +72,36 @@ class Search:
         ranking.finish()
         return found
 
+    def _first_look(self, config: RunConfig, grid: Grid, ranking: Ranking, found: Found) -> None:
+        """Every sharding with the smallest micro-batch; larger ones with the two fastest that fit, or lack least."""
+        smallest = {"micro_batch": self._micro_batches(config, grid)[0]}
+        looks: list[Forecast] = []
+        shardings = variants.shardings(config, grid, self.planner.question.node, self.fixed)
+        for one, alike in self._legal(shardings, grid.world):
+            looks += self._trials(with_(one, train=smallest), alike, found, most=1)
+        ranking.add(looks)
+        looks.sort(key=lambda each: (max(0.0, each.excess), each.time.seconds))
+        for look in looks[:2]:
+            ranking.add(self._trials(look.config, look.grid, found, step=2))
+
+    def _hopeless(self, config: RunConfig, grid: Grid, ranking: Ranking) -> bool:
+        """Whether a pipeline could not be among the best by its computation and its bubble alone, whatever it sends."""
+        if grid.pp == 1:
+            return False
+        bounds = []
+        for micro_batch in self._micro_batches(config, grid):
+            pace = self._pace.get((grid.cp, grid.tp, grid.ep, micro_batch))
+            if pace is None:
+                continue
+            micro_batches = config.train.batch // (grid.dp * micro_batch)
+            bounds.append(pace / grid.pp * (micro_batches + grid.pp - 1))
+        return bool(bounds) and min(bounds) > ranking.threshold(grid)
+
     def _refine(self, leader: Forecast, ranking: Ranking, found: Found) -> None:
         """One choice at a time, from the best so far, until none is better."""
         layers = len(self.planner.question.model.layers)
         for _ in range(ROUNDS):
-            others = variants.refinements(leader.config, leader.grid, layers, self.fixed)
+            others = variants.refinements(leader.config, leader.grid, layers, self.planner.question.node, self.fixed)
             for one, alike in self._legal(others, leader.grid.world):
                 ranking.add(self._trials(one, alike, found))
             self._recompute(ranking, found)
@@ -147,7 +173,7 @@ class Search:
                 return str(error)
             return None
         one = one.model_copy(update={"engine": self._engine(config)})
-        grid = Grid(shard=size, ep=size) if axis == "ep" else Grid(**{axis: size})
+        grid = Grid(shard=size, ep=size) if axis == "ep" else Grid(tp=size) if axis == "tp" else Grid(cp=size)
         return self.legality.of_model(one, grid)
 
     def _grids(
@@ -186,14 +212,16 @@ class Search:
                     example.setdefault(kind, reason)
         found.refused += [Refused(kind, example[kind], count) for kind, count in refused.most_common()]
 
-    def _trials(self, config: RunConfig, grid: Grid, found: Found, step: int = 1) -> list[Forecast]:
+    def _trials(
+        self, config: RunConfig, grid: Grid, found: Found, step: int = 1, most: int = MOST_MICRO_BATCHES
+    ) -> list[Forecast]:
         """Every micro-batch up to the first that does not fit, that one too, without recomputation unless it is fixed.
 
-        step: 2 for every second one.
+        step: 2 for every second one. most: how many.
         """
         mode = config.train.recompute if "train.recompute" in self.fixed else "none"
         trials: list[Forecast] = []
-        for micro_batch in self._micro_batches(config, grid)[::step]:
+        for micro_batch in self._micro_batches(config, grid)[::step][:most]:
             one = with_(config, train={"micro_batch": micro_batch, "recompute": mode})
             if self.legality.refusal(one, grid) is not None:
                 continue
@@ -201,7 +229,10 @@ class Search:
             if key not in self._seen:
                 found.tried += 1
                 self._seen[key] = self.planner.forecast(one, grid)
-                trials.append(self._seen[key])
+                trials.append(each := self._seen[key])
+                if grid.pp == 1 and mode == "none":
+                    pace = each.time.computing / each.costs.micro_batches
+                    self._pace[grid.cp, grid.tp, grid.ep, micro_batch] = pace
             if not self._seen[key].fits:
                 break
         return trials

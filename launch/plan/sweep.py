@@ -70,7 +70,7 @@ def curves(
 def _point(search: Search, config: RunConfig, gpus: int, keep_layout: bool) -> Point:
     if keep_layout:
         return _same(search, config, gpus)
-    result = search.run(config, gpus, refine=2)
+    result = search.run(config, gpus, refine=1)
     if result.ranked:
         return Point(gpus, result.ranked[0])
     return Point(gpus, None, no_layout(result))

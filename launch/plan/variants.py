@@ -30,11 +30,12 @@ def shardings(config: RunConfig, grid: Grid, node: int, fixed: frozenset[str]) -
         yield with_(config, mesh={"replicate": replicate})
     if not engine_is_fixed(fixed) and grid.pp == grid.tp == 1 and grid.dp * grid.cp > 1:
         for stage in (1, 2, 3):
-            yield config.model_copy(update={"engine": DeepSpeedConfig(stage=stage, overlap_comm=True)})  # type: ignore[arg-type]
+            yield config.model_copy(update={"engine": DeepSpeedConfig(stage=stage, overlap_comm=True)})
 
 
-def refinements(config: RunConfig, grid: Grid, layers: int, fixed: frozenset[str]) -> Iterator[RunConfig]:
-    """The same sharding, and what else there is: gathered parameters kept, gradients reduced early, schedules, cut experts."""
+def refinements(config: RunConfig, grid: Grid, layers: int, node: int, fixed: frozenset[str]) -> Iterator[RunConfig]:
+    """One other choice at a time: another sharding, gathered parameters kept, gradients
+    reduced early, schedules, cut experts."""
     engines: list[Any] = [config.engine]
     if not engine_is_fixed(fixed) and config.engine.kind == "torch":
         engines.append(TorchConfig(reshard_after_forward=False))
@@ -51,6 +52,9 @@ def refinements(config: RunConfig, grid: Grid, layers: int, fixed: frozenset[str
     cuts = [config.mesh.expert_tensor]
     if grid.tp > 1 and sparse and "mesh.expert_tensor" not in fixed:
         cuts = [False, True]
+    yield from shardings(config, grid, node, fixed)
+    if config.engine.kind != "torch" and not engine_is_fixed(fixed):
+        yield from shardings(config.model_copy(update={"engine": TorchConfig()}), grid, node, fixed)
     for engine in engines:
         yield config.model_copy(update={"engine": engine})
     for schedule in schedules:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from launch.plan.__main__ import main, parse
+from pretrain.estimate.model import ModelCosts
 from pretrain.model.files import count, empty
-from tests.launch.plan.cases import files
+from tests.launch.plan.cases import counted, files
 
 ROOT = Path(__file__).resolve().parents[3]
 ZAYA = [
@@ -18,6 +19,11 @@ ZAYA = [
     "--hardware",
     str(ROOT / "configs/hardware/mi300x.yaml"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelCosts, "of", counted)
 
 
 def plan(folder: Path, *arguments: str, **options: Any) -> tuple[int, dict[str, Any]]:

@@ -21,7 +21,7 @@ RUN: dict[str, Any] = {
         "width": 512,
         "mixers": {"attention": {"kind": "attention", "heads": 8}},
         "ffns": {"swiglu": {"kind": "swiglu", "hidden": 1536}},
-        "layers": ["attention + swiglu x4"],
+        "layers": ["attention + swiglu x3"],
     },
     "data": {"sequence_length": 256},
     "train": {"steps": 14, "batch": 16, "micro_batch": 4, "precision": "fp32", "device": "cpu"},
@@ -40,7 +40,21 @@ def calibrate(folder: Path, shapes: str) -> Path:
     for output in outputs:
         chip = {"name": "cpu", "bf16_tflops": 1, "fp32_tflops": 1, "memory_gib": 8, "memory_bandwidth_gbs": 10}
         output.write_text(yaml.safe_dump({**chip, "fabric": section}))
-    common = ["--device", "cpu", "--threads", "1", "--dtypes", "fp32", "--sizes", "none", "--shapes", shapes, "--write"]
+    common = [
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--dtypes",
+        "fp32",
+        "--sizes",
+        "512,1024",
+        "--depths",
+        "512",
+        "--shapes",
+        shapes,
+        "--write",
+    ]
     commands = [[sys.executable, "-m", "kernels.bench", "hardware", *common, str(output)] for output in outputs]
     environment = {**os.environ, **QUIET}
     both = [subprocess.Popen(c, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) for c in commands]
