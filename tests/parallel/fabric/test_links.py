@@ -94,6 +94,14 @@ def test_one_slow_rank(nodes: int, near: int) -> None:
         assert found[0].slow == found[0].links == 2 * (nodes * near - 1)
 
 
+def test_some_slow_links_do_not_make_a_slow_rank() -> None:
+    """Four of seven: they are named one by one."""
+    made = matrix(cluster(1, 8))
+    slow_transfer(made, 0, [1, 2, 3, 4], 3.0)
+    found = short(made.findings(1.25))
+    assert sorted(found) == [("link", "bandwidth", (0, other), "send") for other in (1, 2, 3, 4)]
+
+
 def test_a_rank_that_receives_slowly() -> None:
     made = matrix(cluster(1, 8))
     slow_transfer(made, slice(None), 5, 2.0)
