@@ -17,6 +17,7 @@ from parallel.config import Strict
 from parallel.context import cut_batch
 from parallel.engines.base import Engine, Veto
 from parallel.engines.evidence import Evidence, WatchedReduceScatter
+from parallel.engines.placement import placement
 from parallel.engines.units import units
 from parallel.gradients import BUCKET, GradientRule, sum_gradients
 from parallel.layout import cuts
@@ -139,7 +140,12 @@ def shard(
     # them up over their own.
     spread = {name for name, each in cuts(root).items() if any(cut.axis == "ep" for cut in each)}
     apart = {parameter for name, parameter in named_parameters(root) if name in spread}
-    options: dict[str, Any] = {"mesh": mesh.device_mesh(*axes), "ignored_params": apart}
+    ranks = mesh.size("shard_cp")
+    options: dict[str, Any] = {
+        "mesh": mesh.device_mesh(*axes),
+        "ignored_params": apart,
+        "shard_placement_fn": lambda parameter: placement(parameter, ranks),
+    }
     for unit in units(root, blocks, bucket_bytes, apart):
         fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard_after_forward, **options)
     fully_shard(root, reshard_after_forward=False, **options)  # the root is needed again at once

@@ -76,7 +76,7 @@ def reshapes(trials: Reshapes, count: int, seed: int, console: Console) -> bool:
 
 
 def kill_table(outcomes: list[Outcome]) -> Table:
-    table = Table(title="kill -9, then the same command again: must end like an untouched run, bit for bit")
+    table = Table(title="kill -9, then the same command: must end like an untouched run")
     for column in ("layout", "trials", "died", "passed", "steps lost, mean", "most", "detection p50 (s)", "p95"):
         table.add_column(column, justify="left" if column == "layout" else "right")
     groups: dict[str, list[Outcome]] = defaultdict(list)

@@ -21,6 +21,12 @@ DEEP = (
     " zaya: {kind: zaya_moe, experts: 4, hidden: 16, router_width: 12}}",
     "model.multi_token={layer: attention + moe}",
 )
+# Experts are fewer than ranks: FSDP2 would fill them up to as many, so they are cut along another dim.
+FEW = (
+    "model.layers=[gdn + moe, attention + zaya]",
+    "model.ffns={moe: {kind: moe, experts: 3, top_k: 2, hidden: 16, z_loss: 0.01},"
+    " zaya: {kind: zaya_moe, experts: 2, hidden: 16, router_width: 12}}",
+)
 LAYOUTS = {
     "fsdp2": (2, ()),
     "fsdp2 reducing each micro-batch": (
@@ -28,6 +34,7 @@ LAYOUTS = {
         ("engine.reduce_each_micro_batch=true", "engine.reshard_after_forward=false"),
     ),
     "fsdp2 on four ranks": (4, ()),
+    "fsdp2, few experts": (4, FEW),
     "zero1": (2, ("engine.kind=deepspeed", "engine.stage=1")),
     "zero2": (2, ("engine.kind=deepspeed", "engine.stage=2")),
     "zero2 on one rank": (1, ("engine.kind=deepspeed",)),

@@ -44,11 +44,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 
 
 def test_a_checkpoint_crosses_engines_and_world_sizes(corpus: Path, tmp_path: Path) -> None:
-    """ZeRO-2 on two ranks, then FSDP2 on two, then one plain rank: the same losses as one rank all along."""
-    fp32 = ("train.precision=fp32",)
+    """ZeRO-2 on two ranks, then FSDP2 on four, then one plain rank: the same losses as one rank all along.
+
+    Experts are three: FSDP2 cuts those of four ranks along another dim.
+    """
+    few = "model.ffns={moe: {kind: moe, experts: 3, top_k: 2, hidden: 16}, hourglass: {kind: hourglass, hidden: 16, depth: 2}}"
+    fp32 = ("train.precision=fp32", few)
     mixed, alone = tmp_path / "mixed", tmp_path / "alone"
     run_ranks(train_on_rank, 2, mixed, corpus, (*fp32, *ZERO2), 2, preload=PRELOAD)
-    run_ranks(train_on_rank, 2, mixed, corpus, fp32, 4, preload=PRELOAD)
+    run_ranks(train_on_rank, 4, mixed, corpus, fp32, 4, preload=PRELOAD)
     run_ranks(train_on_rank, 1, mixed, corpus, fp32, 5, preload=PRELOAD)
     run_ranks(train_on_rank, 2, mixed, corpus, (*fp32, *ZERO2), preload=PRELOAD)
     run_ranks(train_on_rank, 1, alone, corpus, fp32, preload=PRELOAD)
