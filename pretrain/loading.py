@@ -11,6 +11,7 @@ import torch
 
 from pretrain.checkpoint import folder as on_disk
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.interop.source import model_section
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.exit import NO_CHECKPOINT, USAGE, Exit
@@ -105,7 +106,7 @@ def _config(checkpoint: on_disk.Entry) -> RunConfig:
     """The run's configuration. An imported model has a model section only, and no run: the rest is filled in for form's sake."""
     meta = checkpoint.record["meta"]
     if set(meta["config"]) != {"model"}:
-        return RunConfig.model_validate(meta["config"])
+        return RunConfig.model_validate({**meta["config"], "model": model_section(meta)})
     run = checkpoint.path.parent.parent
     data = {"path": run, "sequence_length": min(meta.get("context", 2048), 2048)}
     return RunConfig.model_validate({**meta["config"], "run": run, "data": data, "train": {"steps": 1, "batch": 1}})

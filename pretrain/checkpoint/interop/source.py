@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint import folder as on_disk
 from pretrain.checkpoint.errors import CheckpointError
@@ -28,7 +29,19 @@ def newest(source: Path) -> on_disk.Entry:
 
 def model_config(entry: on_disk.Entry) -> DecoderConfig:
     try:
-        section = entry.record["meta"]["config"]["model"]
+        section = model_section(entry.record["meta"])
     except (KeyError, TypeError):
         raise ValueError(f"{entry.path}: its {on_disk.META} has no model configuration") from None
     return DecoderConfig.model_validate(section)
+
+
+def model_section(meta: dict[str, Any]) -> Any:
+    """The model's configuration in a checkpoint, with the rope base that it was trained with last (see data.stages)."""
+    section, theta = meta["config"]["model"], meta.get("rope_theta")
+    return section if theta is None else _replaced(section, theta)
+
+
+def _replaced(section: Any, theta: float) -> Any:
+    if isinstance(section, dict):
+        return {key: theta if key == "rope_theta" else _replaced(value, theta) for key, value in section.items()}
+    return [_replaced(value, theta) for value in section] if isinstance(section, list) else section
