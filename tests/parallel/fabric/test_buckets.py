@@ -28,7 +28,7 @@ def same_training(found: Any) -> None:
 def test_sharded_blocks_join_until_they_fill_a_bucket() -> None:
     """FSDP2: one reduce-scatter for each unit; where two blocks and a half are wanted, there are three."""
     block = block_bytes()
-    expected = {None: [1] * 6, 1: [1] * 6, block: [1] * 6, block * 5 // 2: [3, 3], 4 * block: [2, 4], 10**9: [6]}
+    expected = {None: [1] * 6, block: [1] * 6, block * 5 // 2: [3, 3], 4 * block: [2, 4]}
     found = steps(*(TorchConfig(bucket_bytes=bucket) for bucket in expected))
     same_training(found)
     for blocks, (_, _, seen) in zip(expected.values(), found, strict=True):
@@ -53,17 +53,13 @@ def test_replicas_sum_in_buckets() -> None:
 
 def test_deepspeed_fills_buckets_up_to_the_size() -> None:
     bucket = 10_000
-    stages = (1, 2, 3)
-    configs = [DeepSpeedConfig(stage=stage, bucket_bytes=size) for stage in stages for size in (None, bucket)]
+    configs = [DeepSpeedConfig(), *(DeepSpeedConfig(stage=stage, bucket_bytes=bucket) for stage in (1, 2, 3))]
     found = steps(*configs, preload=("deepspeed",))
     same_training(found)
-    for index, _ in enumerate(stages):
-        whole, cut = (
-            [size for name, size in seen if ("reduce" in name) and size > 64]
-            for _, _, seen in found[2 * index : 2 * index + 2]
-        )
-        assert len(whole) == 1 and len(cut) > 3, (whole, cut)
-        assert sum(cut) == pytest.approx(sum(gradient_bytes()), rel=0.01)
+    whole, *cuts = ([size for name, size in seen if "reduce" in name and size > 64] for _, _, seen in found)
+    assert len(whole) == 1
+    for cut in cuts:
+        assert len(cut) > 3 and sum(cut) == pytest.approx(sum(gradient_bytes()), rel=0.01)
         assert max(cut) <= max(bucket, max(gradient_bytes()))
 
 

@@ -48,7 +48,7 @@ def made(seed: int, noise: float, odd: float) -> tuple[Fit, float, float, int]:
 
 @pytest.mark.parametrize(("noise", "odd"), [(0.0, 0.0), (0.02, 0.0), (0.05, 0.05), (0.10, 0.05)])
 def test_knee_within_one_size_under_noise(noise: float, odd: float) -> None:
-    for seed in range(150):
+    for seed in range(100):
         found, _, _, knee = made(seed, noise, odd)
         assert found.knee_bytes is not None, (seed, found)
         off = abs(math.log2(found.knee_bytes / knee))
@@ -58,7 +58,7 @@ def test_knee_within_one_size_under_noise(noise: float, odd: float) -> None:
 def test_error_bars_are_as_wide_as_the_errors() -> None:
     """Of normal errors 95 % lie within two standard errors; with few points somewhat fewer."""
     alphas, bandwidths = [], []
-    for seed in range(300):
+    for seed in range(200):
         found, alpha, busbw, _ = made(seed, 0.05, 0.05)
         assert found.alpha_error_us and found.busbw_error_gbs and found.busbw_gbs
         alphas.append((found.alpha_us - 1e6 * alpha) / found.alpha_error_us)
