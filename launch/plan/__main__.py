@@ -38,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--sweep",
         type=_sweep,
         metavar="gpus[=N,N,...]",
-        help="scaling curves over numbers of GPUs; default: powers of two to 65536, and 100000",
+        help="scaling curves over numbers of GPUs; default: 11 numbers from 1 to 100000",
     )
     add(
         "--keep-layout",

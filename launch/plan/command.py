@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from launch.plan.forecast import Forecast, Planner
 from launch.plan.legal import Legality
 from launch.plan.reasons import duration
 from launch.plan.room import remedies
-from launch.plan.search import RECOMPUTE, Progress, Search
+from launch.plan.search import QUICK_PP, RECOMPUTE, Progress, Search
 from launch.plan.sizing import advice
 from launch.plan.source import Question, ask, with_
 from launch.plan.sweep import COUNTS, curves, no_layout
@@ -189,13 +190,10 @@ class _Task:
         self.record["sweep"] = numbers.curves(found)
         config = self.question.config
         share = max(1, round(config.train.batch / self.question.gpus))
+        which = f"the best layout for each number of GPUs (pp above {QUICK_PP} only where nothing else runs)"
         self.say(
             f"strong: {config.train.batch} sequences of {config.data.sequence_length} a step; weak: {share} for each GPU; "
-            + (
-                "the configuration's layout"
-                if self.arguments.keep_layout
-                else "the best layout for each number of GPUs"
-            ),
+            + ("the configuration's layout" if self.arguments.keep_layout else which),
             "",
             show.scaling(found),
         )
@@ -261,7 +259,9 @@ def _console(arguments: argparse.Namespace) -> Console | None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=WIDTH)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(highlight=False, markup=False, emoji=False, width=WIDTH)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ FEWEST_TOKENS = 512  # of a sequence on one context-parallel rank: below, nothin
 MOST_MICRO_BATCHES = 8  # sizes of a micro-batch tried on a grid: powers of two from 1
 
 ROUNDS = 4  # of choices on one grid
+QUICK_PP = 4
 
 Progress = Callable[[int, int], None]
 """Of (candidates done, in all, as far as is known)."""
@@ -45,11 +46,13 @@ class Search:
     _pace: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
     """(cp, tp, ep, micro-batch) -> seconds of computation of a micro-batch, all layers on one rank."""
 
-    def run(self, config: RunConfig, gpus: int, refine: int = REFINED) -> Found:
+    def run(self, config: RunConfig, gpus: int, quick: bool = False) -> Found:
         """config: with the batch and sequence length; its layout is replaced but for what is fixed.
 
-        refine: on how many grids to try what engines, schedules and shard groups offer besides.
+        quick: for one point of a curve: no pipelines of more than QUICK_PP ranks unless nothing else runs, and only the best grid
+        is tried with all that engines, schedules and shard groups offer.
         """
+        refine = 1 if quick else REFINED
         found = Found()
         self._seen.clear()
         ranking = Ranking(found)
@@ -60,6 +63,8 @@ class Search:
         try:
             for index, (plain, grid) in enumerate(open_grids):
                 self.progress(index, total)
+                if quick and grid.pp > QUICK_PP and ranking.best:
+                    break  # grids come with pp ascending
                 if not self._hopeless(plain, grid, ranking):
                     self._first_look(plain, grid, ranking, found)
             self._recompute(ranking, found)
@@ -81,7 +86,7 @@ class Search:
             looks += self._trials(with_(one, train=smallest), alike, found, most=1)
         ranking.add(looks)
         looks.sort(key=lambda each: (max(0.0, each.excess), each.time.seconds))
-        for look in looks[:2]:
+        for look in looks[: 2 if grid.pp == 1 else 1]:
             ranking.add(self._trials(look.config, look.grid, found, step=2))
 
     def _hopeless(self, config: RunConfig, grid: Grid, ranking: Ranking) -> bool:

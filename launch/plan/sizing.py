@@ -255,13 +255,13 @@ def _bucket(planner: Planner, forecast: Forecast) -> Iterator[Advice]:
     knee = alpha / slope * PLATEAU / (1 - PLATEAU)
     bucket = 2.0 ** max(0, (int(knee) - 1).bit_length())
     reached = each.bytes / (each.bytes + alpha / slope)
+    torch = forecast.config.engine.kind == "torch"
+    joined = f"engine.bucket_bytes={bucket:.0f} joins blocks, for their memory; " if torch else ""
     yield Advice(
         "gradient messages: the smallest size at saturated bandwidth, and no larger",
         reached >= PLATEAU,
         f"{each.op} over {each.ranks} ranks ({each.what}): {size(each.bytes)} a call, {reached:.0%} of the bandwidth; "
         f"the knee is at {size(knee)}, a bucket of {size(bucket)}",
         "smaller ones pay latency; larger ones gain nothing and begin later",
-        ""
-        if reached >= PLATEAU
-        else "smaller groups have a lower knee: shard inside a node only (mesh.replicate), or fewer, larger blocks",
+        "" if reached >= PLATEAU else f"{joined}a smaller group has a lower knee (mesh.replicate: shard inside a node)",
     )

@@ -14,7 +14,7 @@ from launch.plan.search import Search
 from launch.plan.source import MOST_GPUS, with_
 from pretrain.config import RunConfig
 
-COUNTS = (*(2**n for n in range(17)), MOST_GPUS)
+COUNTS = (1, 2, 4, 8, 32, 128, 512, 2048, 8192, 32_768, MOST_GPUS)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def curves(
 def _point(search: Search, config: RunConfig, gpus: int, keep_layout: bool) -> Point:
     if keep_layout:
         return _same(search, config, gpus)
-    result = search.run(config, gpus, refine=1)
+    result = search.run(config, gpus, quick=True)
     if result.ranked:
         return Point(gpus, result.ranked[0])
     return Point(gpus, None, no_layout(result))

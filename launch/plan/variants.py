@@ -21,7 +21,7 @@ def shardings(config: RunConfig, grid: Grid, node: int, fixed: frozenset[str]) -
     """How state is spread over the data-parallel ranks: over all, inside a node, not at all; or by ZeRO."""
     replicates = {config.mesh.replicate}
     if "mesh.replicate" not in fixed and config.engine.kind == "torch":
-        replicates |= {1, grid.dp}
+        replicates |= {1, grid.dp} if grid.pp == 1 else {1}
         for shard in (1, 2, 4) if grid.pp == 1 else (1,):  # nodes
             inside = max(1, shard * node // (grid.cp * grid.tp))
             if grid.dp % inside == 0:
