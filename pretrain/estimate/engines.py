@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,14 +10,15 @@ from parallel.engines import DeepSpeedConfig
 from parallel.gradients import BUCKET
 from parallel.grid import Grid
 from pretrain.config import RunConfig
-from pretrain.estimate.parameters import BYTES, Part, buckets
+from pretrain.estimate.parameters import BYTES, Weighed, buckets
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """Parameters that are gathered and freed together: a layer's, or all that are around the layers. count: such groups."""
 
     what: str
-    parts: tuple[Part, ...]
+    weighed: Weighed
     count: int
     root: bool
 
@@ -56,24 +57,13 @@ def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches:
     if isinstance(config.engine, DeepSpeedConfig):
         return _deepspeed_state(config.engine, grid, groups, micro_batches)
     ranks = grid.size("shard_cp")
-    whole = sharded = spread = held = 0
-    unit = gathered = 0
-    scratch = {True: 0, False: 0}
-    for group in groups:
-        padded = own = 0
-        for part in group.parts:
-            if part.spread:
-                spread += part.elements * group.count
-                scratch[part.decays] += part.elements * group.count
-                continue
-            padded += part.padded(ranks)
-            own += part.shard(ranks)
-            scratch[part.decays] += part.shard(ranks) * group.count
-        sharded += padded // ranks * group.count
-        held += own * group.count
-        whole += sum(part.elements for part in group.parts if not part.spread) * group.count
-        if ranks > 1:
-            gathered, unit = (gathered + padded, unit) if group.root else (gathered, max(unit, padded))
+    whole = sum(group.weighed.whole * group.count for group in groups)
+    sharded = sum(group.weighed.padded // ranks * group.count for group in groups)
+    held = sum(group.weighed.shard * group.count for group in groups)
+    spread = sum(group.weighed.spread * group.count for group in groups)
+    scratch = [sum(group.weighed.updated[i] * group.count for group in groups) for i in (0, 1)]
+    gathered = sum(group.weighed.padded for group in groups if group.root) if ranks > 1 else 0
+    unit = max((group.weighed.padded for group in groups if not group.root), default=0) if ranks > 1 else 0
     accumulates = micro_batches > 1 and not config.engine.reduce_each_micro_batch and ranks > 1
     weights = BYTES * (sharded + spread)
     return State(
@@ -83,59 +73,51 @@ def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches:
         optimizer=2.0 * BYTES * (held + spread),
         gathered=BYTES * gathered,
         unit=BYTES * unit,
-        scratch=BYTES * max(scratch.values()),  # the optimizer's square roots, a whole group at a time
+        scratch=BYTES * max(scratch),  # the optimizer's square roots, a whole group at a time
         growing=micro_batches == 1,
     )
 
 
 def sends(
-    config: RunConfig, grid: Grid, groups: Sequence[Group], order: Sequence[Part], micro_batches: int
+    config: RunConfig, grid: Grid, groups: Sequence[Group], order: Sequence[Weighed], micro_batches: int
 ) -> Iterator[Send]:
     """Collectives of a step. order: all parameters of the rank, in the model's order."""
     if isinstance(config.engine, DeepSpeedConfig):
         yield from _deepspeed_sends(config.engine, grid, groups, micro_batches)
-        yield from _over_edp(grid, order)
+        yield from _over_edp(grid, order, BUCKET)
         return
+    bucket = config.engine.bucket_bytes or BUCKET
     ranks = grid.size("shard_cp")
     if ranks > 1:
         each = config.engine.reduce_each_micro_batch
         for group in groups:
-            size = BYTES * sum(part.padded(ranks) for part in group.parts if not part.spread)
-            if not size:
-                continue
+            size = BYTES * group.weighed.padded
             # A pipeline frees parameters after forward passes only: a backward pass leaves them for the next forward pass.
             again = config.engine.reshard_after_forward and not group.root
             if grid.pp > 1:
                 gathers = micro_batches + 1 if again else 1
             else:
                 gathers = micro_batches * (2 if again else 1)
-            yield Send(
-                "shard_cp", "all_gather", f"parameters, {group.what}", size, gathers * group.count, not group.root
-            )
             calls = (micro_batches if each else 1) * group.count
-            yield Send("shard_cp", "reduce_scatter", f"gradients, {group.what}", size, calls, not group.root)
+            hidden = not group.root
+            yield Send("shard_cp", "all_gather", f"parameters, {group.what}", size, gathers * group.count, hidden)
+            yield Send("shard_cp", "reduce_scatter", f"gradients, {group.what}", size, calls, hidden)
             if grid.replicate > 1:
-                yield Send("replicate", "all_reduce", f"gradients, {group.what}", size / ranks, calls, not group.root)
-    else:
-        yield from _bucketed("dp_cp", "gradients", [part.elements for part in order if not part.spread])
+                yield Send("replicate", "all_reduce", f"gradients, {group.what}", size / ranks, calls, hidden)
+    elif grid.size("dp_cp") > 1:
+        yield from _bucketed("dp_cp", "gradients", (n for weighed in order for n in weighed.sums), bucket)
     if grid.tp > 1:
-        sizes = []
-        for part in order:
-            if not part.cut:
-                sizes.append(part.shard(ranks))
-            elif part.copied and not part.spread:
-                sizes.append(part.copied / ranks)
-        yield from _bucketed("tp", "gradients of whole parameters", sizes)
-    yield from _over_edp(grid, order)
+        yield from _bucketed("tp", "gradients of whole parameters", (n for w in order for n in w.over_tp), bucket)
+    yield from _over_edp(grid, order, bucket)
 
 
-def _over_edp(grid: Grid, order: Sequence[Part]) -> Iterator[Send]:
-    if grid.size("edp") > 1:
-        yield from _bucketed("edp", "gradients of experts", [part.elements for part in order if part.spread])
+def _over_edp(grid: Grid, order: Sequence[Weighed], bucket: int) -> Iterator[Send]:
+    if grid.ep > 1 and grid.size("edp") > 1:
+        yield from _bucketed("edp", "gradients of experts", (n for weighed in order for n in weighed.over_edp), bucket)
 
 
-def _bucketed(axis: str, what: str, elements: Sequence[float]) -> Iterator[Send]:
-    sizes = list(buckets((BYTES * n for n in elements), BUCKET))
+def _bucketed(axis: str, what: str, elements: Iterable[float], bucket: int) -> Iterator[Send]:
+    sizes = list(buckets((BYTES * n for n in elements), bucket))
     if sizes:
         yield Send(axis, "all_reduce", what, sum(sizes) / len(sizes), len(sizes), False)
 
@@ -147,27 +129,26 @@ REDUCED = 500_000_000  # elements that are reduced at a time: DeepSpeed's own de
 LIVE = 1_000_000_000  # elements that stage 3 holds whole at a time, and for which it waits for their next use
 
 
+def _reduced(config: DeepSpeedConfig) -> int:
+    """Elements that are reduced at a time."""
+    return REDUCED if config.bucket_bytes is None else max(1, config.bucket_bytes // BYTES)
+
+
 def _flat_groups(groups: Sequence[Group], ranks: int) -> list[int]:
     """Elements of ZeRO's flat groups, one for each of the optimizer's."""
-    sizes = {True: 0, False: 0}
-    for group in groups:
-        for part in group.parts:
-            if not part.spread:
-                sizes[part.decays] += part.elements * group.count
     unit = ALIGNMENT * ranks
-    return [-(-size // unit) * unit for size in sizes.values() if size]
+    sizes = [sum(group.weighed.flat[i] * group.count for group in groups) for i in (0, 1)]
+    return [-(-size // unit) * unit for size in sizes if size]
 
 
 def _deepspeed_state(config: DeepSpeedConfig, grid: Grid, groups: Sequence[Group], micro_batches: int) -> State:
     ranks = grid.world
-    spread = sum(part.elements * group.count for group in groups for part in group.parts if part.spread)
+    spread = sum(group.weighed.spread * group.count for group in groups)
     scratch = BYTES * sum(_flat_groups(groups, ranks)) / ranks
     if config.stage == 3:
-        own = sum(-(-part.elements // ranks) * group.count for group in groups for part in group.parts)
-        persistent = sum(
-            part.elements * group.count for group in groups for part in group.parts if part.elements < config.keep_whole
-        )
-        whole = sum(part.elements * group.count for group in groups for part in group.parts)
+        own = sum(group.weighed.partitioned * group.count for group in groups) // ranks
+        persistent = sum(group.weighed.small_exact * group.count for group in groups)
+        whole = sum(group.weighed.whole * group.count for group in groups)
         # Shards, whole small parameters, and the optimizer's own fp32 copy of the shards.
         weights = BYTES * (2 * own + persistent)
         gradients, elements = BYTES * own, own
@@ -181,10 +162,10 @@ def _deepspeed_state(config: DeepSpeedConfig, grid: Grid, groups: Sequence[Group
     optimizer = 2.0 * BYTES * (own + spread)
     if config.offload != "none":  # in the host's memory
         optimizer, weights = 0.0, weights - BYTES * own
-        gradients = 0.0 if config.stage > 1 else gradients
+        gradients = 0 if config.stage > 1 else gradients
         if config.offload == "parameters":
             weights -= BYTES * own
-    live += BYTES * REDUCED * (2 if config.overlap_comm else 1)  # one buffer of fixed size
+    live += BYTES * _reduced(config) * (2 if config.overlap_comm else 1)  # one buffer of fixed size
     return State(elements, weights, gradients, optimizer, live, 0.0, scratch, False)
 
 
@@ -195,37 +176,24 @@ def _deepspeed_sends(
     if ranks == 1:
         return
     if config.stage < 3:
-        elements = sum(part.elements * group.count for group in groups for part in group.parts if not part.spread)
-        calls, times = -(-elements // REDUCED), 1 if config.stage == 1 else micro_batches
+        elements = sum(group.weighed.whole * group.count for group in groups)
+        calls, times = -(-elements // _reduced(config)), 1 if config.stage == 1 else micro_batches
         hidden = config.overlap_comm
         yield Send("world", "all_reduce", "gradients", BYTES * elements / calls, calls * times, hidden)
         for size in _flat_groups(groups, ranks):
             yield Send("world", "all_gather", "parameters", BYTES * size, 1, False)
         yield Send("world", "all_reduce", "gradient norm and its faults", 4.0, 2, False)
         return
-    every = sum(_partitioned(part, ranks) * group.count for group in groups for part in group.parts)
+    every = sum(group.weighed.partitioned * group.count for group in groups)
+    # What is used again soon stays: of a large model, all but the last layers are gathered once more.
+    passes = 1 + max(0.0, 1 - LIVE / 2 / every)
     for group in groups:
-        large = sum(_partitioned(part, ranks) for part in group.parts if part.elements >= config.keep_whole)
-        # What is used again soon stays: of a large model, all but the last layers are gathered once more.
-        passes = 1 + max(0.0, 1 - LIVE / 2 / every)
-        if large:
-            times = passes * micro_batches * group.count
-            yield Send("world", "all_gather", f"parameters, {group.what}", BYTES * large, times, True)
-    calls = -(-every // REDUCED)
-    yield Send(
-        "world", "reduce_scatter", "gradients", BYTES * every / calls, calls * micro_batches, config.overlap_comm
-    )
-    small = sum(
-        _partitioned(part, ranks) * group.count
-        for group in groups
-        for part in group.parts
-        if part.elements < config.keep_whole
-    )
-    if small:
-        yield Send("world", "all_gather", "small parameters", BYTES * small, 1, False)
+        large = group.weighed.partitioned - group.weighed.small
+        gathers = passes * micro_batches * group.count
+        yield Send("world", "all_gather", f"parameters, {group.what}", BYTES * large, gathers, True)
+    reductions = -(-every // _reduced(config))
+    mean = BYTES * every / reductions
+    yield Send("world", "reduce_scatter", "gradients", mean, reductions * micro_batches, config.overlap_comm)
+    small = sum(group.weighed.small * group.count for group in groups)
+    yield Send("world", "all_gather", "small parameters", BYTES * small, 1, False)
     yield Send("world", "all_reduce", "gradient norm and its faults", 8.0, 2, False)
-
-
-def _partitioned(part: Part, ranks: int) -> int:
-    """Elements of a parameter that ZeRO has cut into equal parts."""
-    return -(-part.elements // ranks) * ranks

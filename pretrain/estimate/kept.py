@@ -2,7 +2,7 @@
 
 The tensors that such operators keep grow with tokens and with heads (or channels), and with nothing else. So four small runs tell
 how much: a + b tokens + c heads + d tokens heads. On a GPU the Triton forms run: their launches are left out here, which changes
-values and no shape.
+values and no shape. On a CPU, where the forms cut their work by the cache's size, the call itself runs, or the beginning of it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def stand(
     of_output: bool = False,
 ) -> Tensor:
     """The output of an operator that is not run."""
-    y: Tensor = Stand.apply(output, tuple(keeps), extra, scratch, of_output, *inputs)  # type: ignore[no-untyped-call]
+    y: Tensor = Stand.apply(output, tuple(keeps), extra, scratch, of_output, *inputs)
     return y
 
 
@@ -150,18 +150,23 @@ def recur(
     groups = functools.reduce(math.gcd, counts)
     likes = tuple(None if x is None else _few(x, dim, groups) for x, dim in zip(inputs, heads))
     call = _Call(operator, likes, heads, tuple(sorted(options.items())), gpu)
-    runs = [_ran(call, tokens, few) for tokens in (TOKENS, 2 * TOKENS) for few in (1, 2)]
-    T, output = head.shape[1], runs[0].output
-    extra = Grows.through(*(run.extra for run in runs))(T, groups)
+    T = head.shape[1]
     if gpu:
-        scratch = tuple(Grows.through(*(run[i] for run in runs))(T, groups) for i in (2, 3))
-    else:  # worked through in blocks that fit the cache: no more for more tokens
+        runs = [_ran(call, tokens, few) for tokens in (TOKENS, 2 * TOKENS) for few in (1, 2)]
+        kept, output = runs[0].inputs, runs[0].output
+        sizes = ([run.extra for run in runs], [run.forward for run in runs], [run.backward for run in runs])
+        extra, forward, backward = (Grows.through(*each)(T, groups) for each in sizes)
+        channels = output.shape[2] * groups
+    else:
+        # Worked through in blocks that fit the cache: as it is, or, where that would take long, the beginning of it.
         size = sum(math.prod(x.shape) for x in inputs if x is not None)
         tokens = min(T, max(TOKENS, T * MOST // max(size, 1) // TOKENS * TOKENS))
-        scratch = _ran(call, tokens, groups, max(1, sequences * tokens // T))[2:4]
+        run = _ran(call, tokens, groups, max(1, sequences * tokens // T))
+        kept, output, channels = run.inputs, run.output, run.output.shape[2]
+        extra, forward, backward = run.extra * T // tokens, run.forward, run.backward
     # Packed sequences each end in a chunk of their own: lengths that no chunk divides cost a part of one.
-    shape = (*head.shape[:2], output.shape[2] * groups, *output.shape[3:])
-    return stand(Like(shape, output.dtype), inputs, runs[0].inputs, extra, (scratch[0], scratch[1]))
+    shape = (*head.shape[:2], channels, *output.shape[3:])
+    return stand(Like(shape, output.dtype), inputs, kept, extra, (forward, backward))
 
 
 def _few(x: Tensor, dim: int | None, groups: int) -> Like:
@@ -214,7 +219,7 @@ def _run(
     leaf = torch.ones((), requires_grad=True)
     with torch.enable_grad(), Memory() as memory:
         # In a graph, but nobody's leaves: what is not kept goes.
-        given = [None if x is None else _Given.apply(leaf, x) for x in likes]  # type: ignore[no-untyped-call]
+        given = [None if x is None else _Given.apply(leaf, x) for x in likes]
         names = [None if x is None else memory.held(x) for x in given]
         gradients = sum(x.numel() * x.element_size() for x in given if x is not None)
         before = memory.live
@@ -274,8 +279,8 @@ def _no_launches() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     launch = JITFunction.run
-    JITFunction.run = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    JITFunction.run = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        JITFunction.run = launch  # type: ignore[method-assign]
+        JITFunction.run = launch

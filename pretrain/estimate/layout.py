@@ -9,7 +9,8 @@ from pretrain.estimate.flops import mean_context
 from pretrain.estimate.model import ModelCosts, Way
 from pretrain.estimate.parameters import Cutting
 from pretrain.estimate.pipeline import bubble, in_flight
-from pretrain.estimate.stage import Held, Setting, costs
+from pretrain.estimate.setting import Held, Setting
+from pretrain.estimate.stage import costs
 
 __all__ = ["Collective", "Matmul", "RankCosts", "StageCosts", "rank_costs"]
 

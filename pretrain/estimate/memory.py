@@ -54,8 +54,7 @@ class Memory(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._gone(storage._cdata)
-            key = storage._cdata
-            self._ignored[key] = weakref.ref(storage, lambda _, key=key: self._ignored.pop(key, None))
+            self._ignored[storage._cdata] = weakref.ref(storage, partial(self._forget, storage._cdata))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -87,13 +86,16 @@ class Memory(TorchDispatchMode):
         if key in self._sizes or key in self._ignored:
             return
         if self._paused:
-            self._ignored[key] = weakref.ref(storage, lambda _: self._ignored.pop(key, None))
+            self._ignored[key] = weakref.ref(storage, partial(self._forget, key))
             return
         size = storage.nbytes()
         self._sizes[key] = size
         self._references[key] = weakref.ref(storage, partial(self._freed, key))
         self.live += size
         self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._ignored.pop(key, None)
 
     def _freed(self, key: int, _: Any) -> None:
         self._gone(key)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from parallel.grid import Grid
 from pretrain.config import ConfigError, RunConfig
-from pretrain.estimate.parameters import Cutting, Parameter, Part, of_module
+from pretrain.estimate.parameters import Cutting, Parameter, Part, Weighed, of_module, weigh
 from pretrain.estimate.stand_in import Product
 from pretrain.estimate.trace import Traced, Way, trace
 from pretrain.model.block import Block
@@ -25,8 +25,11 @@ __all__ = ["Kind", "ModelCosts", "Product", "Way"]
 
 @dataclass(eq=False)
 class Kind:
-    """Layers that are alike. label: the names of the sublayers. state: channels of the router's state that comes in, 0 for none;
-    state_out: that goes out. contextual: may add an auxiliary loss. loads: counts of its routers that are summed after a step."""
+    """Layers that are alike. label: the names of the sublayers.
+
+    state: channels of the router's state that comes in, 0 for none; state_out: that goes out; routes: of its own. contextual: may
+    add an auxiliary loss. loads: counts of its routers that are summed after a step.
+    """
 
     label: str
     block: Block = field(repr=False)
@@ -34,10 +37,12 @@ class Kind:
     active: int
     state: int
     state_out: int
+    routes: int
     contextual: bool
     loads: int
     _traces: dict[tuple[int, Way], Traced] = field(default_factory=dict, repr=False)
     _parts: dict[Cutting, tuple[Part, ...]] = field(default_factory=dict, repr=False)
+    _weighed: dict[tuple[Cutting, int, int], Weighed] = field(default_factory=dict, repr=False)
     _flops: dict[float, float] = field(default_factory=dict, repr=False)
 
     def flops(self, context: float) -> float:
@@ -57,6 +62,13 @@ class Kind:
         if cutting not in self._parts:
             self._parts[cutting] = tuple(parameter.held(cutting) for parameter in self.parameters)
         return self._parts[cutting]
+
+    def weighed(self, cutting: Cutting, ranks: int, keep_whole: int) -> Weighed:
+        """Sums over a layer's parameters; see `weigh`."""
+        key = cutting, ranks, keep_whole
+        if key not in self._weighed:
+            self._weighed[key] = weigh(self.parts(cutting), ranks, keep_whole)
+        return self._weighed[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +163,12 @@ def _kind(label: str, block: Block, state: int, kinds: dict[object, Kind]) -> Ki
     shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
     key = (label, shapes, state)
     if key not in kinds:
-        out = getattr(block.ffn, "router_width", 0) or state
+        routes = int(getattr(block.ffn, "router_width", 0))
+        out = routes or state
         contextual = isinstance(block.ffn, ContextualFFN)
         loads = sum(module.load.numel() for module in block.modules() if isinstance(module, Balanced))
         active = sum(part.active_parameters() for part in block.sublayers())
         inside = {id(p) for part in block.sublayers() for p in part.parameters()}
         active += sum(p.numel() for p in block.parameters() if id(p) not in inside)
-        kinds[key] = Kind(label, block, of_module(block), active, state, out, contextual, loads)
+        kinds[key] = Kind(label, block, of_module(block), active, state, out, routes, contextual, loads)
     return kinds[key]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
+from parallel.engines.placement import dim_to_cut
 from parallel.expert.apply import sparse_layers
 from parallel.grid import Grid
 from parallel.tensor import units
@@ -63,24 +65,27 @@ class Parameter:
                 if piece.copies > 1:
                     # All different blocks side by side, of which the rank has one (parallel/gradients.py).
                     copied += elements // shape[split.dim] * piece.length * (ranks // piece.copies)
-        return Part(elements, shape[0] if shape else 1, bool(cuts), spread, copied, self.decays)
+        return Part(elements, tuple(shape), bool(cuts), spread, copied, self.decays)
 
 
 @dataclass(frozen=True)
 class Part:
-    """elements, rows: of a rank's tensor, and of its first dim. cut: over tp or ep. spread: over ep, so that the engine leaves it
-    alone. copied: elements of the sums over tp ranks that hold copies of a block (key heads that serve several ranks)."""
+    """elements, shape: of a rank's tensor. cut: over tp or ep. spread: over ep, so that the engine leaves it alone. copied: elements
+    of the sums over tp ranks that hold copies of a block (key heads that serve several ranks)."""
 
     elements: int
-    rows: int
+    shape: tuple[int, ...]
     cut: bool
     spread: bool
     copied: int
     decays: bool
 
     def padded(self, ranks: int) -> int:
-        """Elements when FSDP2 has filled the first dim up to a multiple of `ranks`."""
-        return self.elements if ranks == 1 else -(-self.rows // ranks) * ranks * (self.elements // self.rows)
+        """Elements when FSDP2 has filled the dim that it cuts up to a multiple of `ranks`."""
+        if ranks == 1 or not self.shape:
+            return self.elements
+        size = self.shape[dim_to_cut(self.shape, ranks)]
+        return -(-size // ranks) * ranks * (self.elements // size)
 
     def shard(self, ranks: int) -> int:
         """Elements on the first of `ranks` ranks, which has no fewer than any other."""
@@ -121,9 +126,9 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def buckets(sizes: Iterable[int], limit: int) -> Iterator[int]:
+def buckets(sizes: Iterable[float], limit: int) -> Iterator[float]:
     """Bytes of the buckets into which tensors of these bytes are joined: full as soon as one reaches the limit."""
-    held = 0
+    held = 0.0
     for size in sizes:
         held += size
         if held >= limit:
@@ -133,5 +138,66 @@ def buckets(sizes: Iterable[int], limit: int) -> Iterator[int]:
         yield held
 
 
-def total(parts: Sequence[Part]) -> int:
-    return sum(part.elements for part in parts)
+@dataclass(frozen=True)
+class Weighed:
+    """Sums over the parameters of a layer, in elements, for `ranks` ranks that share them out.
+
+    whole: those that are not spread over ep; padded: of these, filled up as FSDP2 does; shard: of these, a rank's. spread: those
+    that are spread. updated: what a rank updates, (decayed, not decayed). flat: whole ones, (decayed, not decayed). partitioned:
+    every parameter cut by ZeRO stage 3, filled up; small: of these, what it leaves whole, and small_exact without filling.
+    sums: of each parameter by itself, what is summed over data-parallel ranks; over_tp, over_edp: over tp and edp ranks.
+    """
+
+    whole: int
+    padded: int
+    shard: int
+    spread: int
+    updated: tuple[int, int]
+    flat: tuple[int, int]
+    partitioned: int
+    small: int
+    small_exact: int
+    sums: tuple[int, ...]
+    over_tp: tuple[float, ...]
+    over_edp: tuple[int, ...]
+
+
+def weigh(parts: Sequence[Part], ranks: int, keep_whole: int) -> Weighed:
+    """keep_whole: ZeRO stage 3 leaves parameters with fewer elements whole."""
+    own, spread = [part for part in parts if not part.spread], [part for part in parts if part.spread]
+
+    def updated(decays: bool) -> int:
+        return sum(p.elements if p.spread else p.shard(ranks) for p in parts if p.decays == decays)
+
+    def cut(part: Part) -> int:
+        return -(-part.elements // ranks) * ranks
+
+    return Weighed(
+        whole=sum(part.elements for part in own),
+        padded=sum(part.padded(ranks) for part in own),
+        shard=sum(part.shard(ranks) for part in own),
+        spread=sum(part.elements for part in spread),
+        updated=(updated(True), updated(False)),
+        flat=(sum(p.elements for p in own if p.decays), sum(p.elements for p in own if not p.decays)),
+        partitioned=sum(map(cut, parts)),
+        small=sum(cut(part) for part in parts if part.elements < keep_whole),
+        small_exact=sum(part.elements for part in parts if part.elements < keep_whole),
+        sums=tuple(part.elements for part in own),
+        over_tp=tuple(
+            part.copied / ranks if part.cut else float(part.shard(ranks)) for part in own if not part.cut or part.copied
+        ),
+        over_edp=tuple(part.elements for part in spread),
+    )
+
+
+def join(several: Iterable[Weighed]) -> Weighed:
+    """The sums of several layers as those of one."""
+    items = list(several)
+    added: dict[str, Any] = {}
+    for each in fields(Weighed):
+        values = [getattr(item, each.name) for item in items]
+        if each.name in ("updated", "flat"):
+            added[each.name] = tuple(map(sum, zip(*values)))
+        else:
+            added[each.name] = tuple(itertools.chain(*values)) if isinstance(values[0], tuple) else sum(values)
+    return Weighed(**added)

@@ -100,7 +100,7 @@ def _messages(costs: RankCosts, node: int) -> list[str]:
     """A table: the messages of a rank in a step, largest first within an axis."""
     if not costs.collectives:
         return []
-    rows = [("axis", "op", "of", "calls", "bytes a call", "bytes a step", "ranks")]
+    rows: list[tuple[str, ...]] = [("axis", "op", "of", "calls", "bytes a call", "bytes a step", "ranks")]
     axes = list(dict.fromkeys(collective.axis for collective in costs.collectives))
     for axis in axes:
         own = [collective for collective in costs.collectives if collective.axis == axis]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class Message:
     wide: float = 0.0
 
 
-class Product(NamedTuple):
+@dataclass(frozen=True)
+class Product:
     """A matrix product of the forward pass: [rows, k] x [k, n], `count` of them; what: of which module.
 
     kept: selective recomputation keeps its result.
@@ -220,11 +221,11 @@ class Experts:
         notes.send("ep", "all_to_all", "loads of experts", 8.0 * self.experts)
         rows = copies(tokens, order, position)
         weights = scores.reshape(-1).index_select(0, order)
-        rows, weights = _Travel.apply(notes, "ep", rows, weights)  # type: ignore[no-untyped-call]
+        rows, weights = _Travel.apply(notes, "ep", rows, weights)
         expert = torch.empty(rows.shape[0], 1, dtype=torch.int64)
         out = self._gathered(rows, gate_up, down, expert, weights[:, None])
         assert k >= 1
-        return combined(_Return.apply(notes, out), order, position)  # type: ignore[no-untyped-call]
+        return combined(_Return.apply(notes, out), order, position)
 
     def _gathered(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         tp = self.cutting.tp if self.cutting.expert_tensor else 1
@@ -234,9 +235,9 @@ class Experts:
         notes.send("tp", "all_gather", "numbers of tokens", 8.0 * tp)
         notes.send("tp", "all_gather", "choices of experts", 8.0 * tp * indices.numel())
         chosen = torch.empty(tp * indices.shape[0], indices.shape[1], dtype=torch.int64)
-        every, weights = _Join.apply(notes, tp, tokens, scores)  # type: ignore[no-untyped-call]
+        every, weights = _Join.apply(notes, tp, tokens, scores)
         out = self._local(every, gate_up, down, chosen, weights)
-        return _Share.apply(notes, tp, out, "experts' tokens")  # type: ignore[no-untyped-call]
+        return _Share.apply(notes, tp, out, "experts' tokens")
 
     def _local(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         E, F, D = down.shape
@@ -252,7 +253,7 @@ class Experts:
         cast = 0 if gate_up.dtype == tokens.dtype else 2 * F * D * item
         one = held // E * F * item
         scratch = (one + cast, 5 * one + cast)
-        y: Tensor = _Experts.apply(tokens, gate_up, down, scores, extra, held, scratch)  # type: ignore[no-untyped-call]
+        y: Tensor = _Experts.apply(tokens, gate_up, down, scores, extra, held, scratch)
         return y
 
 
@@ -442,7 +443,7 @@ def _reduce_load(notes: Notes, counts: Tensor) -> Tensor:
 
 
 def _across(notes: Notes, x: Tensor) -> Tensor:
-    y: Tensor = _Across.apply(notes, x)  # type: ignore[no-untyped-call]
+    y: Tensor = _Across.apply(notes, x)
     return y
 
 
@@ -455,13 +456,13 @@ def _gather_tokens(notes: Notes, ranks: int, module: Any, args: tuple[Any, ...])
     x, *others = args
     if torch.is_autocast_enabled("cpu") and not module.reads_wide:
         x = x.to(torch.get_autocast_dtype("cpu"))
-    return (_Gather.apply(notes, ranks, x), *others)  # type: ignore[no-untyped-call]
+    return (_Gather.apply(notes, ranks, x), *others)
 
 
 def _scatter_sum(notes: Notes, ranks: int, module: nn.Module, args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
-        return (_Share.apply(notes, ranks, output[0], "results"), *output[1:])  # type: ignore[no-untyped-call]
-    return _Share.apply(notes, ranks, output, "results")  # type: ignore[no-untyped-call]
+        return (_Share.apply(notes, ranks, output[0], "results"), *output[1:])
+    return _Share.apply(notes, ranks, output, "results")
 
 
 # ---------------------------------------------------------------------------------- operators that are called by themselves

@@ -8,6 +8,7 @@ two traces of different lengths say it for all lengths.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -79,7 +80,7 @@ class Traced:
         ]
 
     def products(self, tokens: int) -> list[Product]:
-        return [a._replace(rows=self._at(tokens, (a.rows, b.rows))) for a, b in zip(*self.multiplied, strict=True)]
+        return [replace(a, rows=self._at(tokens, (a.rows, b.rows))) for a, b in zip(*self.multiplied, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ class _Run:
         with memory.paused():
             leaf = torch.empty((), requires_grad=True)
             sequence = TracedSequence(notes, tokens, self.count)
-        x = _Begin.apply(leaf, (1, tokens // parts, self.width))  # type: ignore[no-untyped-call]
-        router = _Begin.apply(leaf, (1, tokens // parts, self.state)) if self.state else None  # type: ignore[no-untyped-call]
+        x = _Begin.apply(leaf, (1, tokens // parts, self.width))
+        router = _Begin.apply(leaf, (1, tokens // parts, self.state)) if self.state else None
         stream_in, state_in = memory.held(x), (0, 0) if router is None else memory.held(router)
         memory.begin()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.way.bf16):
@@ -163,7 +164,7 @@ class _Run:
         shared_state = after is not None and state_out[0] == state_in[0]
         ends = [out] if after is None or shared_state or not after.requires_grad else [out, after]
         ends += [] if carry.auxiliary is None else [carry.auxiliary]
-        end = _End.apply(*ends)  # type: ignore[no-untyped-call]
+        end = _End.apply(*ends)
         del y, out, after, carry, ends
 
         def alive(held: tuple[int, int]) -> int:
@@ -280,8 +281,8 @@ def _named(block: nn.Module, notes: Notes) -> Iterator[None]:
 
 def _merged(products: list[Product]) -> Iterator[Product]:
     """Alike ones of one module as one."""
-    counts: dict[Product, int] = {}
+    counts: Counter[Product] = Counter()
     for product in products:
-        counts[product._replace(count=0)] = counts.get(product._replace(count=0), 0) + product.count
+        counts[replace(product, count=0)] += product.count
     for product, count in counts.items():
-        yield product._replace(count=count)
+        yield replace(product, count=count)

@@ -19,6 +19,7 @@ DEEPSPEED = ("deepspeed",)
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one": ("attention moe", 1, {}),
     "fsdp": ("attention moe", 2, {"train": {"batch": 2}}),
+    "fsdp, joined": ("gated delta net", 2, {"train": {"batch": 4}, "engine": {"bucket_bytes": 300_000}}),
     "fsdp, accumulated": ("gated delta net", 2, {"train": {"batch": 6}}),
     "fsdp, reduced each time": (
         "zaya", 2, {"train": {"batch": 6}, "engine": {"reduce_each_micro_batch": True, "reshard_after_forward": False}},
@@ -57,7 +58,25 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# One of each kind; the others in a campaign.
+USUAL = (
+    "fsdp, joined",
+    "hsdp",
+    "ddp",
+    "tp 4 with copies of key heads",
+    "tp, recomputed",
+    "ep, recomputed",
+    "tp within spread experts",
+    "cp of cca",
+    "ring",
+    "pp, tied",
+    "zero 2",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.campaign) for name in LAYOUTS]
+)
 def test_against_a_real_engine(name: str) -> None:
     model, world, sections = LAYOUTS[name]
     run = config(model, **sections)
@@ -76,8 +95,8 @@ def test_against_a_real_engine(name: str) -> None:
         for key, (axis, calls, _) in counted.items():
             if key.op == "all_to_all" or axis == "tp":
                 # Loads of experts are as they are, and shards of what is summed over tp: the mean of the stage's ranks.
-                alike = [Key(key.op, group(grid, axis, other)) for other in grid.ranks("dp_cp_tp", rank)]
-                each = [seen[k.ranks[0]].messages.get(k, (0, 0))[1] for k in alike]
+                alike = grid.ranks("dp_cp_tp", rank)
+                each = [seen[other].messages.get(Key(key.op, group(grid, axis, other)), (0, 0))[1] for other in alike]
                 real_ones[key] = (real_ones[key][0], sum(each) / len(each))
             if run.engine.kind == "deepspeed":  # which fetches parameters in as many calls as it likes
                 real_ones[key] = (calls, real_ones[key][1])

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from parallel.engines.placement import dim_to_cut
 from pretrain.config import RunConfig
 from pretrain.estimate.layout import RankCosts, rank_costs
 from pretrain.estimate.model import ModelCosts
@@ -58,14 +60,19 @@ def test_zero_by_hand(model: ModelCosts) -> None:
     assert total(costs, "all_reduce", "world") == pytest.approx(35.4e9, rel=2e-3)  # which DeepSpeed reduces with
 
 
-def test_sharded_by_rows(model: ModelCosts) -> None:
-    """FSDP2 cuts the first dim only, and fills it up: 16 experts on 1024 ranks travel as 1024. Spread over ep they do not."""
-    filled = sum(-(-p.shape[0] // 1024) * 1024 * (p.numel() // p.shape[0]) for p in model.model.parameters())
-    assert filled > 40 * 12_582_912 * 1024
-    assert total(on(model), "reduce_scatter") == 4 * filled
+def filled(shape: torch.Size) -> int:
+    """Elements of a parameter that FSDP2 has filled up for 1024 ranks, along the dim that the engine cuts."""
+    size = shape[dim_to_cut(shape, 1024)]
+    return -(-size // 1024) * 1024 * (shape.numel() // size)
+
+
+def test_sharded(model: ModelCosts) -> None:
+    """FSDP2 cuts all parameters over all ranks, each filled up; experts that ep spreads it leaves alone."""
+    named = dict(model.model.named_parameters())
+    assert total(on(model), "reduce_scatter") == 4 * sum(filled(p.shape) for p in named.values())
+    dense = sum(filled(p.shape) for name, p in named.items() if not name.endswith((".gate_up", ".down")))
     spread = on(model, mesh={"ep": 16})
-    filled -= 40 * 12_582_912 * 1024
-    assert total(spread, "reduce_scatter") == 4 * filled
+    assert total(spread, "reduce_scatter") == 4 * dense
     assert total(spread, "all_reduce", "edp") == 4 * 40 * 12_582_912
 
 

@@ -1,0 +1,104 @@
+"""The memory that one pipeline stage of a job needs for a micro-batch, beside parameters, gradients and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kernels.cross_entropy.chunked import default_chunk
+from pretrain.estimate.setting import Held, Setting
+from pretrain.estimate.trace import Measured
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes for one micro-batch in one stage. kept: from its forward to its backward pass. forward, backward: the most at a time,
+    with the part of the gradients that is there in a step's only backward pass where `growing`."""
+
+    kept: float
+    forward: float
+    backward: float
+
+
+def activations(setting: Setting, held: Held, growing: float) -> Activations:
+    """growing: bytes of gradients for each parameter element that the backward pass brings one layer after another; 0 if they are
+    there already, or never whole."""
+    model, tokens = setting.model, setting.tokens
+    of_kind = {kind: setting.measured(kind) for kind in held.counts}
+    measured = [of_kind[kind] for kind in held.kinds]
+    elements = {kind: setting.weighed(kind).whole + setting.weighed(kind).spread for kind in of_kind}
+    stream = 4.0 * tokens / setting.grid.tp * model.width
+    own = _around_layers(setting, held)
+    kept, casts, forward = own.before, 0.0, own.before
+    kept += max((m.shared for m in measured), default=0.0)
+    starts: list[float] = []
+    previous: Measured | None = None
+    for m in measured:
+        # What one layer hands on and the next one takes in is one tensor, whoever keeps it.
+        starts.append(kept)
+        forward = max(forward, kept + casts + m.forward)
+        handed = (0.0, 0.0) if previous is None else (previous.own_stream, previous.own_state)
+        kept += m.inner + max(m.stream, handed[0]) + max(m.state, handed[1])
+        casts += m.weights
+        previous = m
+    if previous is not None:
+        kept += previous.own_state if held.last else 0.0
+    if held.last:
+        forward = max(forward, kept + casts + own.loss)
+        kept += own.after
+        grown = own.head_gradient if growing else 0.0
+        backward = kept + own.loss_backward
+    else:
+        kept += stream  # what was sent stays for the backward pass
+        grown, backward = 0.0, kept + stream
+    for start, m, kind in zip(reversed(starts), reversed(measured), reversed(held.kinds)):
+        backward = max(backward, start + m.backward + grown)
+        grown += growing * elements[kind]
+    backward = max(backward, own.before + own.embedding_backward + grown)
+    return Activations(kept, forward, backward)
+
+
+@dataclass(frozen=True)
+class Around:
+    """Bytes of what is around the layers. before: kept by the embedding. after: kept by norm and loss. loss, loss_backward: the
+    most at a time in its forward and its backward pass, besides what layers keep; embedding_backward: in that pass.
+    head_gradient: of the head's weights."""
+
+    before: float
+    after: float
+    loss: float
+    loss_backward: float
+    embedding_backward: float
+    head_gradient: float
+
+
+def _around_layers(setting: Setting, held: Held) -> Around:
+    model, tp = setting.model, setting.grid.tp
+    T, D, V, low = setting.tokens, model.width, model.vocabulary // tp, setting.low
+    own = T / tp
+    table = 4.0 * V * D
+    before = 0.0
+    if held.first:
+        before += 8.0 * T + (T if tp > 1 else 0.0) * 2
+        if model.model.config.block.residual_scaling:
+            before += 4.0 * own * D
+    if not held.last:
+        return Around(before, 0.0, 0.0, 0.0, table + 4.0 * own * D, 0.0)
+    losses = 2 if model.extra is not None else 1
+    stream, normed = 4.0 * own * D, low * own * D
+    after = stream + 4.0 * own + losses * (normed + table)
+    chunk = min(default_chunk(T, V), T)
+    if tp > 1:
+        scratch = chunk * V * (4.0 + low) + low * chunk * D * 2 + low * V * D
+    else:
+        scratch = chunk * V * low + low * V * D
+        if low != 4:
+            scratch += 4.0 * chunk * V if setting.way.gpu else 2.0**20
+    weight = low * V * D if low != 4 else 0.0
+    extra = 0.0
+    if model.extra is not None:
+        measured = model.extra.traced(model.width, setting.length, replace(setting.way, recompute="none")).measured(T)
+        extra = measured.inner + measured.stream + measured.state + 2 * stream + low * own * 2 * D
+        after += extra
+    loss = after + normed + weight + scratch
+    loss_backward = table + normed + (stream if low != 4 else 0.0)
+    return Around(before, after, loss, loss_backward, table + 4.0 * own * D, table)
