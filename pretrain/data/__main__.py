@@ -1,5 +1,6 @@
-"""`python -m pretrain.data`: prepare and inspect a corpus. Heavy imports happen inside the commands, so --help is
-quick.
+"""`python -m pretrain.data`: prepare and inspect a corpus, trace what a run reads of it.
+
+Heavy imports happen inside the commands, so --help is quick.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m pretrain.data", description="Turn text into tokens, and look at them."
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="prepare|inspect")
+    commands = top.add_subparsers(dest="command", required=True, metavar="prepare|inspect|trace|bench")
 
     p = commands.add_parser(
         "prepare",
@@ -91,14 +92,48 @@ def parser() -> argparse.ArgumentParser:
         description="Tables of a prepared folder or of a bare Megatron prefix, and samples as training would see them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    i.add_argument("path", metavar="FOLDER", help="folder written by prepare, or the prefix of a .bin/.idx pair")
+    i.add_argument(
+        "path", nargs="?", metavar="FOLDER", help="folder written by prepare, or the prefix of a .bin/.idx pair"
+    )
+    _step_arguments(i, required=False)
     i.add_argument("--documents", type=int, default=0, metavar="N", help="show the beginning of N documents")
     i.add_argument("--samples", type=int, default=2, metavar="N", help="show N packed training sequences")
     i.add_argument("--sequence-length", type=int, default=256, metavar="T", help="tokens per packed sequence")
     i.add_argument("--seed", type=int, default=0, metavar="N", help="order of the sequences")
     i.add_argument("--tokenizer", default=None, metavar="PATH", help="SentencePiece .model, for a bare prefix")
     i.add_argument("--verify", action="store_true", help="read everything: hashes, every token id, byte counts")
+    t = commands.add_parser(
+        "trace",
+        help="show which documents every rank sees at a step",
+        description="Which documents, and which tokens of them, every rank of a run sees at a step.",
+        epilog="example: python -m pretrain.data trace --config configs/runs/quickstart.yaml --step 100",
+    )
+    _step_arguments(t, required=True)
+
+    b = commands.add_parser(
+        "bench",
+        help="time the loader against raw slices",
+        description="Time the loader against slices of a memory map, and finding steps in a synthetic index.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    b.add_argument("--tokens", type=int, default=50_000_000, metavar="N", help="tokens of the file to read")
+    b.add_argument("--document", type=int, default=1000, metavar="N", help="tokens of a document on average")
+    b.add_argument("--length", type=int, default=4096, metavar="T", help="tokens per packed sequence")
+    b.add_argument("--rows", type=int, default=16, metavar="N", help="sequences per batch")
+    b.add_argument("--steps", type=int, default=20, metavar="N", help="batches per round")
+    b.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds, of which the median counts")
+    b.add_argument("--index", type=int, default=1_000_000_000, metavar="N", help="tokens of the synthetic index")
     return top
+
+
+def _step_arguments(command: argparse.ArgumentParser, required: bool) -> None:
+    command.add_argument("--config", required=required, metavar="FILE", help="configuration of a run (with --step)")
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override; may be repeated"
+    )
+    command.add_argument("--step", type=int, required=required, metavar="N", help="a step of the run, from 0")
+    command.add_argument("--ranks", type=int, default=None, metavar="R", help="data-parallel ranks; mesh.dp if set")
+    command.add_argument("--rank", type=int, default=None, metavar="R", help="only this rank's sequences")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,9 +145,25 @@ def main(arguments: list[str] | None = None) -> int:
                 from pretrain.data.report import run_prepare
 
                 run_prepare(args)
+            elif args.command == "trace":
+                from pretrain.data.trace import run_trace
+
+                run_trace(args)
+            elif args.command == "bench":
+                from pretrain.data.bench import run_bench
+
+                run_bench(args)
+            elif args.config is not None or args.step is not None:
+                from pretrain.data.trace import run_inspect_step
+
+                if args.config is None or args.step is None or args.path is not None:
+                    raise UsageError("inspect takes a FOLDER, or --config and --step together")
+                run_inspect_step(args)
             else:
                 from pretrain.data.inspect import run_inspect
 
+                if args.path is None:
+                    raise UsageError("inspect takes a FOLDER, or --config and --step together")
                 run_inspect(args)
     except (DataError, UsageError, PrepareFailure) as error:
         print(f"error: {error}", file=sys.stderr)

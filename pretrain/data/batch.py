@@ -187,7 +187,10 @@ def pack_stream(
             read[number, at : at + count] = corpus.raw(first, count)
             places.append((number * (sequence_length + 1) + at, first, count))
             at += count
-    if corpus.vocabulary_size is not None and (int(read.max()) >= corpus.vocabulary_size or int(read.min()) < 0):
+    signed = corpus.dtype.kind == "i"
+    if corpus.vocabulary_size is not None and (
+        int(read.max()) >= corpus.vocabulary_size or (signed and int(read.min()) < 0)
+    ):
         for _, first, count in places:
             corpus.check_ids(corpus.raw(first, count), first * corpus.dtype.itemsize)
     tokens = read[:, :-1].astype(np.int64).reshape(-1)
@@ -206,7 +209,8 @@ def pack_stream(
     inner = place > 0
     flat[number[inner] * sequence_length + place[inner] - 1] = IGNORE
     inner &= place < sequence_length
-    borders = np.union1d(base, number[inner] * sequence_length + place[inner])
+    borders = np.sort(np.concatenate([base, number[inner] * sequence_length + place[inner]]))
+    borders = borders[np.append(True, np.diff(borders) > 0)]  # an empty document begins where the next one does
     return _batch(tokens, flat, borders.astype(np.int32), 0, 0)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pretrain.data.packing import Arrangement, Concatenated
 from pretrain.data.stages import Place, Stage
 from pretrain.data.store import Corpus
 from pretrain.data.stream import ORDER_VERSIONS, Position, Reference, Stream
+from pretrain.data.workers import Workers
 
 __all__ = ["Batch", "Loader"]
 
@@ -30,9 +32,9 @@ class Loader:
     corpus: one source, or several that the stages blend by weight. global_batch: sequences per step over all ranks.
     micro_batch: sequences per micro-batch. stages: what changes as tokens are seen (see stages.Stage), in place of
     sequence_length, global_batch and micro_batch. packing, masked, skip_bad: see DataConfig. version: of the order of a
-    run that begins; a state that is loaded brings its own. prefetch: prepare the next step on a thread. pin: hand
-    batches out in page-locked memory. Raises ValueError if a global_batch does not divide by ranks * micro_batch,
-    DataError for damaged data when a batch is read.
+    run that begins; a state that is loaded brings its own. prefetch: prepare the next step on a thread. workers:
+    processes that read ahead instead. pin: hand batches out in page-locked memory. Raises ValueError if a global_batch
+    does not divide by ranks * micro_batch, DataError for damaged data when a batch is read.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Loader:
         version: int = 2,
         skip_bad: bool = False,
         pin: bool = False,
+        workers: int = 0,
     ) -> None:
         self.corpora = [corpus] if isinstance(corpus, Corpus) else list(corpus)
         stages = list(stages) or [Stage(0, global_batch, micro_batch, sequence_length)]
@@ -64,9 +67,14 @@ class Loader:
         self.masked, self.skip_bad, self.pin = masked, skip_bad, pin
         for each in self.corpora:
             _ = each.dataset  # imported and mapped here, not on the first step's clock or on the thread
-        self._next_step = 0
+        self._next_step = self._base = 0  # steps are numbered from `_base` on
         self.damaged = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
+        self._workers: Workers | None = None
+        if workers:
+            ways: dict[str, Any] = {"stages": stages, "seed": seed, "packing": packing, "masked": masked}
+            ways |= {"rank": rank, "ranks": ranks, "skip_bad": skip_bad}
+            self._workers = Workers(partial(_reader, self.corpora, ways), workers)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch and not workers else None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def _stream(self, version: int) -> Stream:
@@ -172,12 +180,17 @@ class Loader:
             found = future.result()
         else:
             self._drop_ahead()
-            found = self._read(step)
+            found = self._read(step) if self._workers is None else self._from_workers(step, self._workers)
         self._next_step = step + 1
         if self._thread is not None:
             self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
         self.damaged += sum(batch.damaged for batch in found)
         return found
+
+    def _from_workers(self, step: int, workers: Workers) -> list[Batch]:
+        self.stream.timetable.at(step)  # refused here, not in a worker
+        found = workers.read(step, {**self.state_at(self._base), "skipped": self.skipped})
+        return [batch.pin() for batch in found] if self.pin else found
 
     def references(self, step: int, rank: int, ranks: int) -> list[list[Reference]]:
         """The sequences of each micro-batch of a step on one of so many ranks."""
@@ -201,14 +214,18 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the data stands after the last step handed out; the same on all ranks, plain values only."""
-        place = self.stream.timetable.place(self._next_step)
+        return self.state_at(self._next_step)
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """As state_dict, had the last step handed out been `step` - 1."""
+        place = self.stream.timetable.place(step)
         state = {
             "order_version": self.stream.version,
             "corpus": self.fingerprint,
             "seed": self.stream.seed,
             "sequence_length": self.stream.stages[0].sequence_length,
             "packing": self.stream.packing,
-            "step": self._next_step,
+            "step": step,
             "sequences": place.sequences,
             "skipped": self.skipped,
         }
@@ -251,7 +268,7 @@ class Loader:
             self.stream = self._stream(state["order_version"])
         self.stream.begin(_place(state))
         self.stream.set_skipped(state.get("skipped", []))
-        self._next_step = int(state["step"])
+        self._next_step = self._base = int(state["step"])
 
     def beginning(self, step: int, tokens: int) -> dict[str, Any]:
         """The state of a run that begins a new order after so many steps and tokens."""
@@ -268,11 +285,29 @@ class Loader:
                 future.exception()
 
     def close(self) -> None:
-        """Ends the prefetch thread."""
+        """Ends the prefetch thread and the workers."""
         self._drop_ahead()
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
+
+
+def _reader(corpora: list[Corpus], ways: dict[str, Any]) -> Callable[[dict[str, Any], int], list[Batch]]:
+    """What reads in a worker: a loader of the same kind, brought to the state that it is given."""
+    loader = Loader(corpora, **ways)
+    at: dict[str, Any] = {}
+
+    def read(state: dict[str, Any], step: int) -> list[Batch]:
+        nonlocal at
+        if state != at:
+            loader.load_state_dict(state)
+            at = state
+        return loader._read(step)
+
+    return read
 
 
 def _place(state: dict[str, Any]) -> Place:

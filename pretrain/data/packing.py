@@ -48,6 +48,9 @@ class Row:
         return sum(piece.length for piece in self.pieces)
 
 
+Piece = tuple[int, int, int]  # a Span's fields: making a million of Spans takes longer than packing them
+
+
 class Arrangement(Protocol):
     """windows_per_epoch: sequences of one pass. padding: share of their positions that holds no token."""
 
@@ -100,25 +103,31 @@ class Concatenated:
         self.windows_per_epoch = (self.tokens - 1) // sequence_length
 
     def row(self, sequence: int) -> Row:
-        length, spans = self.sequence_length, []
-        for start, count in self.segments(np.array([sequence]))[0]:
+        epoch, place = divmod(sequence, self.windows_per_epoch)
+        window = permutation_of(self.windows_per_epoch, *self.key, epoch, _WINDOWS)(place)
+        first = (self._begin(epoch) + window * self.sequence_length) % self.tokens
+        spans: list[Span] = []
+        for start, count in self._pieces(first):
             spans += cut(self.starts[1:], None, start, count)
-        return from_spans(spans, length)
+        return from_spans(spans, self.sequence_length)
+
+    def _begin(self, epoch: int) -> int:
+        return int(self.starts[hashed(*self.key, epoch, _START) % (len(self.starts) - 1)])
+
+    def _pieces(self, first: int) -> list[tuple[int, int]]:
+        length, total = self.sequence_length + 1, self.tokens
+        return [(first, length)] if first + length <= total else [(first, total - first), (0, first + length - total)]
 
     def segments(self, sequences: np.ndarray) -> list[list[tuple[int, int]]]:
         """For each sequence number, where its T + 1 tokens lie in the file: (first token, count), two of them around its end."""
         epochs, places = np.divmod(sequences, self.windows_per_epoch)
         windows, begins = np.empty_like(places), np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
+        for epoch in sorted(set(epochs.tolist())):
             here = epochs == epoch
             windows[here] = permutation_of(self.windows_per_epoch, *self.key, epoch, _WINDOWS).many(places[here])
-            begins[here] = self.starts[hashed(*self.key, epoch, _START) % (len(self.starts) - 1)]
-        length, total = self.sequence_length + 1, self.tokens
-        firsts = (begins + windows * self.sequence_length) % total
-        return [
-            [(first, length)] if first + length <= total else [(first, total - first), (0, first + length - total)]
-            for first in firsts.tolist()
-        ]
+            begins[here] = self._begin(epoch)
+        firsts = (begins + windows * self.sequence_length) % self.tokens
+        return [self._pieces(first) for first in firsts.tolist()]
 
 
 class BestFit:
@@ -136,7 +145,7 @@ class BestFit:
         if self.windows_per_epoch == 0:
             raise UsageError("no document of the corpus has two tokens, nothing to predict: prepare more text")
         self.padding = 1 - inputs / (self.windows_per_epoch * sequence_length)
-        self._packed: OrderedDict[int, list[list[Span]]] = OrderedDict()
+        self._packed: OrderedDict[int, list[list[Piece]]] = OrderedDict()
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def row(self, sequence: int) -> Row:
@@ -149,7 +158,8 @@ class BestFit:
         shuffled = permutation_of(int(ends[last - 1]) - before, *self.key, epoch, group, _BINS)
         place = before + shuffled(place - before)
         at = first + int(np.searchsorted(ends[first:last], place, side="right"))
-        return Row(self._block(int(blocks[at]))[place - (int(ends[at - 1]) if at else 0)])
+        pieces = self._block(int(blocks[at]))[place - (int(ends[at - 1]) if at else 0)]
+        return Row([Span(*piece) for piece in pieces])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         found = self._epochs.get(epoch)
@@ -161,7 +171,7 @@ class BestFit:
                 self._epochs.popitem(last=False)
         return found
 
-    def _block(self, block: int) -> list[list[Span]]:
+    def _block(self, block: int) -> list[list[Piece]]:
         found = self._packed.get(block)
         if found is None:
             found = self._packed[block] = self._pack(block)[0]
@@ -171,23 +181,23 @@ class BestFit:
             self._packed.move_to_end(block)
         return found
 
-    def _pack(self, block: int) -> tuple[list[list[Span]], int]:
+    def _pack(self, block: int) -> tuple[list[list[Piece]], int]:
         """The sequences of a block, and how many inputs they hold together."""
         length, first = self.sequence_length, block * BLOCK
         sizes = np.diff(self.starts[first : first + BLOCK + 1])
-        bins: list[list[Span]] = []
+        bins: list[list[Piece]] = []
         rests = []
         for i, size in enumerate(sizes.tolist()):
             start = 0
             while size - start > length:
-                bins.append([Span(first + i, start, length)])
+                bins.append([(first + i, start, length)])
                 start += length
             # A last token by itself predicts nothing, and was predicted by the one before it.
             if size - start > 1:
                 rests.append((start - size, first + i, start))
         rests.sort()
         filled = len(bins) * length
-        open_bins: list[list[int]] = [[] for _ in range(length + 1)]
+        open_bins: dict[int, list[int]] = {}
         spaces = 0  # bit s: some bin has space for s tokens left
         for negative, document, start in rests:
             size = -negative
@@ -195,15 +205,16 @@ class BestFit:
             fitting = spaces >> size
             if fitting:
                 space = size + (fitting & -fitting).bit_length() - 1
-                chosen = open_bins[space].pop()
-                if not open_bins[space]:
+                same = open_bins[space]
+                chosen = same.pop()
+                if not same:
                     spaces ^= 1 << space
-                bins[chosen].append(Span(document, start, size))
+                bins[chosen].append((document, start, size))
             else:
                 space, chosen = length, len(bins)
-                bins.append([Span(document, start, size)])
+                bins.append([(document, start, size)])
             if space > size:
-                open_bins[space - size].append(chosen)
+                open_bins.setdefault(space - size, []).append(chosen)
                 spaces |= 1 << (space - size)
         return bins, filled
 

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-_ROUNDS = 8
+_ROUNDS = 6
+_FEW = 128  # numbers for which Python's integers are quicker than arrays
 _MASK = (1 << 64) - 1
 
 
@@ -65,7 +66,9 @@ class Permutation:
                 return i
 
     def many(self, places: np.ndarray) -> np.ndarray:
-        """The elements at many places: int64 [any] to int64 [same]."""
+        """The elements at many places: int64 [n] to int64 [n]."""
+        if len(places) < _FEW:
+            return np.array([self(place) for place in places.tolist()], np.int64)
         found = np.asarray(places).astype(np.uint64)
         left = np.arange(found.size)
         shift, low_mask, high_mask = np.uint64(self._low), np.uint64(self._low_mask), np.uint64(self._high_mask)

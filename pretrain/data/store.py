@@ -49,6 +49,10 @@ class Corpus:
         self.manifest = manifest
         self.fingerprint = fingerprint or manifests.fingerprint(prefix)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For a process that reads on its own: it opens the files itself.
+        return {key: value for key, value in self.__dict__.items() if key != "dataset"}
+
     @cached_property
     def dataset(self) -> Any:
         """megatron-core's IndexedDataset, opened at the first read: counting a corpus does not wait for its import."""

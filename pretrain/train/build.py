@@ -69,6 +69,7 @@ def assemble(config: RunConfig, job: Processes, agreement: Agreement) -> Assembl
             mesh.dp_rank,
             mesh.dp_size,
             prefetch=config.data.prefetch,
+            workers=config.data.workers,
             pin=job.device.type == "cuda",
         )
     )
