@@ -70,8 +70,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Part:
-    """elements, shape: of a rank's tensor. cut: over tp or ep. spread: over ep, so that the engine leaves it alone. copied: elements
-    of the sums over tp ranks that hold copies of a block (key heads that serve several ranks)."""
+    """elements, shape: of a rank's tensor. cut: over tp or ep. spread: over ep, so that the engine leaves it alone.
+
+    copied: elements of the sums over tp ranks that hold copies of a block (key heads that serve several ranks).
+    """
 
     elements: int
     shape: tuple[int, ...]
