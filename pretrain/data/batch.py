@@ -179,39 +179,35 @@ def pack_stream(
     DataError for a token outside the vocabulary.
     """
     read = np.empty((len(segments), sequence_length + 1), corpus.dtype)
-    # Where a piece of the file begins in the batch's windows, where in the file, and how long it is.
-    places: list[tuple[int, int, int]] = []
+    # Where documents may begin in a piece of the file, as [low, high) of its tokens, and what takes a place in the file to
+    # the target before it in the batch. A document at a window's beginning has no target before it there.
+    lows, highs, shifts = [], [], []
     for number, window in enumerate(segments):
         at = 0
         for first, count in window:
             read[number, at : at + count] = corpus.raw(first, count)
-            places.append((number * (sequence_length + 1) + at, first, count))
+            lows.append(first if at else first + 1)
+            highs.append(first + count)
+            shifts.append(number * sequence_length + at - first - 1)
             at += count
     signed = corpus.dtype.kind == "i"
     if corpus.vocabulary_size is not None and (
         int(read.max()) >= corpus.vocabulary_size or (signed and int(read.min()) < 0)
     ):
-        for _, first, count in places:
+        for first, count in (piece for window in segments for piece in window):
             corpus.check_ids(corpus.raw(first, count), first * corpus.dtype.itemsize)
     tokens = read[:, :-1].astype(np.int64).reshape(-1)
-    targets = read[:, 1:].astype(np.int64)
-    base = np.arange(len(segments) + 1, dtype=np.int64) * sequence_length
-    if not masked:
-        return _batch(tokens, targets.reshape(-1), base.astype(np.int32), 0, 0)
-    at, first, count = np.array(places, np.int64).T
-    # Documents that begin at any of these tokens: numbers [low, high) of each piece, put in one row.
-    low, high = np.searchsorted(corpus.starts, first), np.searchsorted(corpus.starts, first + count)
-    found = high - low
-    documents = np.arange(found.sum()) + np.repeat(low - (np.cumsum(found) - found), found)
-    begins = corpus.starts[documents] + np.repeat(at - first, found)
-    number, place = np.divmod(begins, sequence_length + 1)
-    flat = targets.reshape(-1)
-    inner = place > 0
-    flat[number[inner] * sequence_length + place[inner] - 1] = IGNORE
-    inner &= place < sequence_length
-    borders = np.sort(np.concatenate([base, number[inner] * sequence_length + place[inner]]))
-    borders = borders[np.append(True, np.diff(borders) > 0)]  # an empty document begins where the next one does
-    return _batch(tokens, flat, borders.astype(np.int32), 0, 0)
+    targets = read[:, 1:].astype(np.int64).reshape(-1)
+    borders = np.arange(len(segments) + 1, dtype=np.int64) * sequence_length
+    if masked:
+        bounds = corpus.starts.searchsorted(np.array([lows, highs]))
+        begins = [corpus.starts[low:high] for low, high in bounds.T.tolist()]
+        last = np.concatenate(begins) + np.repeat(shifts, bounds[1] - bounds[0])
+        targets[last] = IGNORE
+        borders = np.sort(np.concatenate([borders, last + 1]))
+        # An empty document begins where the next one does; one after a window's last input where the next window does.
+        borders = borders[np.append(borders[1:] != borders[:-1], True)]
+    return _batch(tokens, targets, borders.astype(np.int32), 0, 0)
 
 
 def _filling(corpus: Corpus) -> int:

@@ -52,15 +52,23 @@ class Permutation:
         self._high_mask = (1 << (bits - self._low)) - 1
         state = hashed(*key)
         self._keys = [mix(state ^ turn) for turn in range(_ROUNDS)]
+        self._pairs = list(zip(self._keys[::2], self._keys[1::2]))
 
     def __call__(self, i: int) -> int:
         """The element at place i."""
         assert 0 <= i < self.n
         while True:
             high, low = i >> self._low, i & self._low_mask
-            for turn in range(0, _ROUNDS, 2):
-                high ^= mix(low ^ self._keys[turn]) & self._high_mask
-                low ^= mix(high ^ self._keys[turn + 1]) & self._low_mask
+            # `mix` written out: calling it would take longer than it does.
+            for even, odd in self._pairs:
+                x = ((low ^ even) + 0x9E3779B97F4A7C15) & _MASK
+                x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+                x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+                high ^= (x ^ (x >> 31)) & self._high_mask
+                x = ((high ^ odd) + 0x9E3779B97F4A7C15) & _MASK
+                x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+                x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+                low ^= (x ^ (x >> 31)) & self._low_mask
             i = high << self._low | low
             if i < self.n:
                 return i
