@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from pretrain import load
 from pretrain.config import ConfigError
+from pretrain.data.opening import loader_of, open_sources
+from pretrain.train import save
 from pretrain.train.loop import train
 from tests.pretrain.train.small_run import StopAfter, checkpoint_tensors, configuration, losses, records
 from tests.ranks import run_ranks
@@ -91,3 +94,29 @@ def test_stages_that_do_not_fit(override: str, message: str, corpus: Path, tmp_p
 def test_sources_that_do_not_fit(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         configuration(tmp_path / "run", Path("a"), override)
+
+
+def test_a_checkpoint_from_before_these_settings_is_the_same_run(corpus: Path, tmp_path: Path) -> None:
+    config = configuration(tmp_path / "run", corpus)
+    given = (config.data, open_sources(config.data), config.train.batch, config.train.micro_batch)
+    old = config.model_dump(mode="json")
+    for key in ("sources", "stages", "packing", "intra_document_masking", "order", "workers", "on_bad"):
+        del old["data"][key]
+    keys = ("corpus", "seed", "sequence_length", "step", "sequences", "skipped")
+    state = loader_of(*given).state_dict()
+    data = {"order_version": 1, **{key: state[key] for key in keys}, "step": 3, "sequences": 12}
+    run: Any = SimpleNamespace(config=config, processes=SimpleNamespace(first=True), step=3, tokens=12 * 32)
+    save._check(run, loader_of(*given), {"config": old, "data": data})
+    loader = loader_of(*given)
+    loader.load_state_dict(save._data_state({"data": data}, loader, run))
+    first = loader_of(config.data.model_copy(update={"order": 1}), *given[1:])
+    assert torch.equal(loader.batches(3)[0].tokens, first.batches(3)[0].tokens)
+    assert loader.state_dict()["order_version"] == 1
+    # Another packing is another order.
+    other = config.model_copy(update={"data": config.data.model_copy(update={"packing": "best_fit"})})
+    run.config = other
+    with pytest.raises(ValueError, match=r"data\.packing: concatenate in the checkpoint, best_fit here"):
+        save._check(run, loader_of(other.data, *given[1:]), {"config": old, "data": data})
+    loader = loader_of(other.data, *given[1:])
+    loader.load_state_dict(save._data_state({"data": data}, loader, run))  # where it is allowed: from the beginning
+    assert loader.first_sequence(3) == 0 and loader.state_dict()["order_version"] == 2
