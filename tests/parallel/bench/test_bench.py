@@ -125,13 +125,14 @@ def test_without_a_check_nothing_is_claimed(tmp_path: Path) -> None:
 
 
 def test_the_time_is_that_of_the_last_rank() -> None:
-    for least, mean in run_ranks(bench_ranks.slow_rank, 2, 0.05):
-        assert 50_000 <= least <= mean < 500_000
+    # 200 ms, give or take what a busy machine adds to one iteration and so takes from the next.
+    for _, mean in run_ranks(bench_ranks.slow_rank, 2, 0.2):
+        assert 150_000 <= mean < 500_000
 
 
 def test_the_time_of_a_pair_is_that_of_one_way() -> None:
     for least, _ in run_ranks(bench_ranks.slow_messages, 2, 0.1):
-        assert 100_000 <= least < 190_000
+        assert 60_000 <= least < 190_000
 
 
 def test_overlap_measures_both_alone_and_beside_each_other(tmp_path: Path) -> None:
