@@ -24,7 +24,7 @@ RUN: dict[str, Any] = {
         "layers": ["attention + swiglu x3"],
     },
     "data": {"sequence_length": 256},
-    "train": {"steps": 14, "batch": 16, "micro_batch": 4, "precision": "fp32", "device": "cpu"},
+    "train": {"steps": 12, "batch": 16, "micro_batch": 4, "precision": "fp32", "device": "cpu"},
     "checkpoint": {"every": 1000},
     "validation": {"every": None, "sequences": 1},
     "watchdog": {},
@@ -40,21 +40,8 @@ def calibrate(folder: Path, shapes: str) -> Path:
     for output in outputs:
         chip = {"name": "cpu", "bf16_tflops": 1, "fp32_tflops": 1, "memory_gib": 8, "memory_bandwidth_gbs": 10}
         output.write_text(yaml.safe_dump({**chip, "fabric": section}))
-    common = [
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--dtypes",
-        "fp32",
-        "--sizes",
-        "512,1024",
-        "--depths",
-        "512",
-        "--shapes",
-        shapes,
-        "--write",
-    ]
+    sizes = ["--arrays", "64M", "--sizes", "512,1024", "--depths", "512", "--shapes", shapes]
+    common = ["--device", "cpu", "--threads", "1", "--dtypes", "fp32", *sizes, "--write"]
     commands = [[sys.executable, "-m", "kernels.bench", "hardware", *common, str(output)] for output in outputs]
     environment = {**os.environ, **QUIET}
     both = [subprocess.Popen(c, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) for c in commands]
