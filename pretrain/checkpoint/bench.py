@@ -239,16 +239,16 @@ def bench(size: int, folder: Path, rounds: int, steps: bool, step_seconds: float
     record: dict[str, Any] = {"bytes": size, "rounds": rounds, "torch": torch.__version__, "cores": os.cpu_count()}
     if steps:
         found = stall(size, folder, rounds, step_seconds, say)
-        middle = {name: statistics.median(values) for name, values in found.items()}
+        usual = {name: statistics.median(values) for name, values in found.items()}
         low, _, high = statistics.quantiles(found["more"], n=4) if rounds > 1 else 3 * found["more"]
         console.print(
-            f"A save of {size / 2**20:.0f} MiB beside training, medians of {rounds}: held {1000 * middle['held']:.0f} ms, "
-            f"committed after {middle['saved']:.2f} s; the mean of the ten steps around it, of {1000 * middle['step']:.0f} ms, "
-            f"grows by {100 * middle['more']:+.2f}% (quartiles {100 * low:+.2f}, {100 * high:+.2f}; without a save "
-            f"{100 * middle['control']:+.2f}%).",
+            f"A save of {size / 2**20:.0f} MiB beside training, medians of {rounds}: held {1000 * usual['held']:.0f} ms, "
+            f"committed after {usual['saved']:.2f} s; the mean of the ten steps around it, of {1000 * usual['step']:.0f} ms, "
+            f"grows by {100 * usual['more']:+.2f}% (quartiles {100 * low:+.2f}, {100 * high:+.2f}; without a save "
+            f"{100 * usual['control']:+.2f}%).",
             highlight=False,
         )
-        record |= {"stall": found, "slower": middle["more"]}
+        record |= {"stall": found, "slower": usual["more"]}
     else:
         times, work = saves_and_loads(size, folder, rounds, say)
         table = Table("", "seconds", "GB/s", "processor seconds", box=None, pad_edge=False)
