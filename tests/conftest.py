@@ -23,13 +23,14 @@ for _key, _value in QUIET.items():
 # These take minutes each. Begun first, they do not leave one process busy when the others have nothing left to do.
 LONGEST = (
     "tests/test_readme.py",
-    "tests/pretrain/test_main.py",
     "tests/pretrain/train/test_engines.py",
-    "tests/pretrain/model/test_families.py",
+    "tests/pretrain/test_main.py",
     "tests/faults/",
     "tests/parallel/test_deepspeed.py",
     "tests/pretrain/test_verify_resume.py",
     "tests/launch/",
+    "tests/parallel/test_mutations.py",
+    "tests/pretrain/model/test_families.py",
     "tests/pretrain/test_equivalence.py",
     "tests/pretrain/train/",
     "tests/pretrain/watch/",
@@ -42,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("numprocesses", None):
+    if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(
             key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
         )
