@@ -226,8 +226,8 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "the data goes on one sequence too far",
         "pretrain/data/loader.py",
-        '        self._base_sequence = int(state["sequences"])\n',
-        '        self._base_sequence = int(state["sequences"]) + 1\n',
+        'index=int(place["index"])',
+        'index=int(place["index"]) + 1',
         RESUME,
     ),
     (

@@ -80,8 +80,8 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "skipped spans are lost at a restart",
         "pretrain/data/loader.py",
-        'for first, end in state.get("skipped", [])]',
-        "for first, end in []]",
+        'self.stream.set_skipped(state.get("skipped", []))',
+        "self.stream.set_skipped([])",
         ROLLBACK + "test_a_rollback_equals_a_run_that_never_had_the_data[fsdp2, restarted]",
     ),
     (

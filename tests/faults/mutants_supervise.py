@@ -108,7 +108,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "supervise: a host that was excluded comes back",
-        SUPERVISOR, "        decision = self._welcome()\n", "        decision = None\n",
+        SUPERVISOR, "decision = self._welcome() or self._preflight()", "decision = self._preflight()",
         LOOP + "test_a_host_that_fails_first_again_and_again_leaves_an_elastic_job",
     ),
     (

@@ -161,7 +161,10 @@ def test_spans_and_numbers() -> None:
     assert parse([*given, "--node-mtbf", "10"]).node_mtbf == 36_000.0
 
 
-def test_a_search_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # no text is wrapped
     picture = tmp_path / "search.png"
     code, found = plan(tmp_path, "--gpus", "8", "--search", "--plot", str(picture))
     assert code == 0

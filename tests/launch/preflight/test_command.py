@@ -99,7 +99,8 @@ def test_names_may_be_given_with_commas_or_twice() -> None:
     assert parse(["--skip", "shm", "numa"]).names == [c.name for c in CHECKS if c.name not in ("shm", "numa")]
 
 
-def test_the_list_of_checks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_checks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # no text is wrapped
     assert main(["--list"]) == 0
     said = capsys.readouterr().out
     assert all(check.name in said and check.looks_at in said for check in CHECKS) and "peer_links" in said

@@ -46,6 +46,7 @@ def measured(*words: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]
     return json.loads(done.stdout.splitlines()[0]), json.loads(file.read_text())
 
 
+@pytest.mark.campaign  # a measurement: the processes that hold packets back need a core of their own
 @pytest.mark.skipif(no_delay() is not None, reason=f"no shaped network here: {no_delay()}")
 def test_the_fit_recovers_rate_and_delay_of_a_link(tmp_path: Path) -> None:
     """100 Mbit/s and 20 ms one way: a machine that is busy with other tests adds a part of a millisecond."""
