@@ -226,8 +226,8 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     (
         "the data goes on one sequence too far",
         "pretrain/data/loader.py",
-        'index=int(place["index"])',
-        'index=int(place["index"]) + 1',
+        'int(count) for count in place["counts"]',
+        'int(count) + 1 for count in place["counts"]',
         RESUME,
     ),
     (

@@ -54,7 +54,8 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
     ),
     (
         "an evaluation that was cut short leaves a record",
-        VALIDATION, "                run.stop = \"preempted\"\n                return\n", "                run.stop = \"preempted\"\n",
+        VALIDATION,
+        "                run.stop = \"preempted\"\n                return\n", "                run.stop = \"preempted\"\n",
         SIGNALLED + "test_the_last_validation_is_left_too_and_done_by_the_next_start",
     ),
     (
