@@ -6,5 +6,5 @@
 #   bash launch/quickstart.sh train.steps=50       overrides go to the training run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh
+source launch/environment.sh ""  # without an argument it would see those of this script
 exec "$PYTHON" -m launch.quickstart "$@"
