@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -194,3 +196,13 @@ def dot_precision(name: str, purpose: str) -> str:
     if purpose not in _NVIDIA_PRECISION:
         raise ValueError(f"{purpose!r} is not a purpose; choose one of {', '.join(_NVIDIA_PRECISION)}")
     return _NVIDIA_PRECISION[purpose] if vendor(name) == "nvidia" else "ieee"
+
+
+def processor() -> str:
+    """The name of the host's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
+from kernels.architecture import processor
 from kernels.benching.measure import Measurement
 from kernels.benching.workloads import Shape
 
@@ -62,15 +63,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name + ("+" if changed else "")
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
 
 
 def _version(package: str) -> str:

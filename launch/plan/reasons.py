@@ -7,6 +7,7 @@ from collections import defaultdict
 from launch.plan.forecast import Forecast
 from launch.plan.step_time import Message
 from parallel.drawing import line
+from parallel.fabric.fit import readable
 from pretrain.config import RunConfig
 
 HINTS = {
@@ -76,7 +77,7 @@ def _of(message: Message) -> str:
     each = message.collective
     nodes = -(-each.ranks // each.ranks_in_node)
     where = "inside a node" if nodes == 1 else f"between {nodes} nodes"
-    return f"{each.calls:.4g} x {each.op} of {size(each.bytes)} ({each.what}) {where}"
+    return f"{each.calls:.4g} x {each.op} of {readable(each.bytes)} ({each.what}) {where}"
 
 
 def why(loser: Forecast, best: Forecast) -> str:
@@ -157,15 +158,6 @@ def batch(forecast: Forecast) -> str:
     train = forecast.config.train
     text = f"micro-batch {train.micro_batch} x {forecast.costs.micro_batches}"
     return text if train.recompute == "none" else f"{text}, recompute {train.recompute}"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def duration(seconds: float) -> str:

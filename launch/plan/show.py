@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from launch.plan.failures import Failures
 from launch.plan.forecast import Forecast
 from launch.plan.ranking import Found
-from launch.plan.reasons import NAMES, duration, engine, layout, limit, parts, settings, size, title, why
+from launch.plan.reasons import NAMES, duration, engine, layout, limit, parts, settings, title, why
 from launch.plan.room import Remedy
 from launch.plan.sizing import Advice
 from launch.plan.source import Question
 from launch.plan.sweep import Curves, Point
+from parallel.fabric.fit import readable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,9 +130,9 @@ def messages(forecast: Forecast) -> Table | None:
             each.op,
             each.what,
             f"{each.ranks}" + (f" in {nodes} nodes" if nodes > 1 else ""),
-            size(each.bytes),
+            readable(each.bytes),
             f"{each.calls:,.5g}",
-            size(each.total),
+            readable(each.total),
             duration(message.seconds),
             duration(message.exposed),
         )

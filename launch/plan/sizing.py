@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from launch.plan.chip import RAMP
 from launch.plan.forecast import Forecast, Planner
 from launch.plan.legal import Legality
-from launch.plan.reasons import duration, size
+from launch.plan.reasons import duration
 from launch.plan.source import with_
+from parallel.fabric.fit import readable
 from parallel.fabric.topology import XgmiMesh, factor
 
 PLATEAU = 0.9  # share of the best rate that counts as full
@@ -260,8 +261,8 @@ def _bucket(planner: Planner, forecast: Forecast) -> Iterator[Advice]:
     yield Advice(
         "gradient messages: the smallest size at saturated bandwidth, and no larger",
         reached >= PLATEAU,
-        f"{each.op} over {each.ranks} ranks ({each.what}): {size(each.bytes)} a call, {reached:.0%} of the bandwidth; "
-        f"the knee is at {size(knee)}, a bucket of {size(bucket)}",
+        f"{each.op} over {each.ranks} ranks ({each.what}): {readable(each.bytes)} a call, {reached:.0%} of the bandwidth; "
+        f"the knee is at {readable(knee)}, a bucket of {readable(bucket)}",
         "smaller ones pay latency; larger ones gain nothing and begin later",
         "" if reached >= PLATEAU else f"{joined}a smaller group has a lower knee (mesh.replicate: shard inside a node)",
     )

@@ -7,12 +7,12 @@ import os
 import platform
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from kernels.architecture import processor
 from parallel.processes import Processes
 
 
@@ -53,12 +53,7 @@ def line(machine: dict[str, Any]) -> str:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
+    return processor()
 
 
 def _version(backend: str) -> str | None:

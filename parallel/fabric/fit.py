@@ -286,8 +286,8 @@ def _bucket(use: str, fit: Fit) -> Bucket | None:
 
 def readable(bytes: float) -> str:
     """Bytes in binary units, as 4 KiB or 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if bytes < 1024:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(bytes) < 1024:
             return f"{bytes:.4g} {unit}"
         bytes /= 1024
-    return f"{bytes:.4g} GiB"
+    return f"{bytes:.4g} TiB"

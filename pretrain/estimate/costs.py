@@ -51,10 +51,13 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class StageCosts:
-    """One pipeline rank: layers: numbers of the layers it holds. The others as in RankCosts."""
+class _Costs:
+    """parameters: elements held between steps. weights, gradients, optimizer: bytes of state. activations: bytes that forward
+    passes keep for backward passes, at the moment when most are kept. buffers: what else is there at the peak (gathered
+    parameters, communication buffers, logits, gradients in flight). peak: the sum of these. flops: useful ones, forward and
+    backward; recomputed: those of activation checkpointing on top.
+    """
 
-    layers: tuple[int, ...]
     parameters: int
     weights: float
     gradients: float
@@ -69,27 +72,20 @@ class StageCosts:
 
 
 @dataclass(frozen=True)
-class RankCosts:
+class StageCosts(_Costs):
+    """One pipeline rank. layers: numbers of the layers it holds."""
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankCosts(_Costs):
     """A step on one rank. Bytes are those of the rank with the highest peak, work and messages of the rank with the most work.
 
-    parameters: elements held between steps. weights, gradients, optimizer: bytes of state. activations: bytes that forward passes
-    keep for backward passes, at the moment when most are kept. buffers: what else is there at the peak (gathered parameters,
-    communication buffers, logits, gradients in flight). peak: the sum of these. flops: useful ones, forward and backward;
-    recomputed: those of activation checkpointing on top. bubble: idle share of the step in a pipeline whose stages take equally
-    long. stages: each pipeline rank by itself, in order; one without a pipeline.
+    bubble: idle share of the step in a pipeline whose stages take equally long. stages: each pipeline rank by itself, in order;
+    one without a pipeline.
     """
 
-    parameters: int
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    buffers: float
-    peak: float
-    flops: float
-    recomputed: float
-    matmuls: tuple[Matmul, ...]
-    collectives: tuple[Collective, ...]
     bubble: float
     stages: tuple[StageCosts, ...]
     micro_batches: int

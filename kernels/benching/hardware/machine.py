@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.architecture import architecture
-from kernels.benching.report import processor
+from kernels.architecture import architecture, processor
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_CACHE = 64 << 20  # bytes; where the system does not tell
