@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pretrain.data.errors import DataError
 from pretrain.data.index import REPAIR, check_size
-from pretrain.data.manifest import Manifest, hash_file
+from pretrain.data.manifest import Manifest, check_hash
 from pretrain.data.order import Order, Span
 from pretrain.data.report import split_table
 from pretrain.data.store import Corpus
@@ -141,9 +141,4 @@ def verify_hashes(folder: Path, manifest: Manifest) -> None:
     """Raises DataError for the first file of a prepared folder whose size or content differs from the manifest."""
     for name, stated in manifest.files.items():
         check_size(folder / name, stated.bytes, "manifest.json in the same folder")
-        found = hash_file(folder / name)
-        if found.xxh3_128 != stated.xxh3_128:
-            raise DataError(
-                f"{folder / name} differs from what was prepared: xxh3_128 {found.xxh3_128}, expected "
-                f"{stated.xxh3_128}; {REPAIR}"
-            )
+        check_hash(folder / name, stated)

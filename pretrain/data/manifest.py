@@ -74,6 +74,15 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(bytes=size, xxh3_128=digest.hexdigest())
 
 
+def check_hash(path: Path, stated: FileRecord) -> None:
+    """Raises DataError if the content of `path` is not what the manifest states."""
+    found = hash_file(path)
+    if found.xxh3_128 != stated.xxh3_128:
+        raise DataError(
+            f"{path} differs from what was prepared: xxh3_128 {found.xxh3_128}, expected {stated.xxh3_128}; {REPAIR}"
+        )
+
+
 def fingerprint(prefix: Path) -> str:
     """Names the content of a bare `.bin`/`.idx` pair cheaply: the whole index, and the first and last MiB of the
     tokens.

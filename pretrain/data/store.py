@@ -19,10 +19,11 @@ from pretrain.data.tokenizer import Tokenizer
 class Corpus:
     """Documents of token ids in a memory-mapped `.bin`, read through megatron-core's IndexedDataset.
 
-    prefix: path without `.bin`/`.idx`. lengths: int64 [documents]. starts: int64 [documents + 1], tokens before each
-    document. tokens: their sum. vocabulary_size: None if a bare prefix was opened without one. token_bytes: int32
-    [vocabulary], bytes of text per token (0 for bos and eos), or None. fingerprint: names the content, so that a
-    checkpoint can refuse another corpus. manifest: None for a bare prefix.
+    prefix: path without `.bin`/`.idx`. starts: int64 [documents + 1], tokens before each document. tokens: their sum.
+    vocabulary_size: None if a bare prefix was opened without one. token_bytes: int32 [vocabulary], bytes of text per
+    token (0 for bos and eos), or None. fingerprint: names the content, so that a checkpoint can refuse another corpus.
+    manifest: None for a bare prefix. A multimodal pair's modes are not looked at: as for Megatron's GPTDataset, all its
+    tokens are one text.
     """
 
     def __init__(
@@ -36,12 +37,11 @@ class Corpus:
         manifest: manifests.Manifest | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        header, self.lengths, _ = read_index(prefix)
-        # Documents lie back to back, so this is all that finds them; the offsets in bytes say the same again.
-        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+        # Documents lie back to back, so this is all that finds them.
+        header, self.starts = read_index(prefix)
         self.prefix = prefix
         self.dtype = header.dtype
-        self.tokens = int(self.lengths.sum())
+        self.tokens = int(self.starts[-1])
         self.vocabulary_size = vocabulary_size
         self.token_bytes = token_bytes
         self.tokenizer_path = tokenizer_path
@@ -50,8 +50,17 @@ class Corpus:
         self.fingerprint = fingerprint or manifests.fingerprint(prefix)
 
     def __getstate__(self) -> dict[str, Any]:
-        # For a process that reads on its own: it opens the files itself.
-        return {key: value for key, value in self.__dict__.items() if key != "dataset"}
+        # For a process that reads on its own: it opens the files itself, which is quicker than to be sent what they hold.
+        return {key: value for key, value in self.__dict__.items() if key not in ("dataset", "lengths", "starts")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.starts = read_index(self.prefix)[1]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [documents]; not kept by those who do with `starts`."""
+        return np.diff(self.starts)
 
     @cached_property
     def dataset(self) -> Any:
@@ -94,7 +103,7 @@ class Corpus:
     @property
     def documents(self) -> int:
         """Number of documents."""
-        return len(self.lengths)
+        return len(self.starts) - 1
 
     @property
     def bin_path(self) -> Path:
@@ -112,10 +121,11 @@ class Corpus:
 
         Raises DataError, naming file and byte, for an id outside the vocabulary.
         """
-        size = int(self.lengths[document]) - start if length is None else length
-        assert start >= 0 and size >= 0 and start + size <= self.lengths[document], "span outside the document"
-        ids = self.raw(int(self.starts[document]) + start, size)
-        self.check_ids(ids, (int(self.starts[document]) + start) * self.dtype.itemsize)
+        first, end = int(self.starts[document]) + start, int(self.starts[document + 1])
+        size = end - first if length is None else length
+        assert start >= 0 and size >= 0 and first + size <= end, "span outside the document"
+        ids = self.raw(first, size)
+        self.check_ids(ids, first * self.dtype.itemsize)
         return ids
 
     def raw(self, first: int, count: int) -> np.ndarray:
@@ -123,16 +133,15 @@ class Corpus:
         return self.dataset.bin_reader.read(dtype=self.dtype.type, count=count, offset=first * self.dtype.itemsize)
 
     def check_ids(self, ids: np.ndarray, offset: int) -> None:
-        """Raises DataError if any of `ids`, read from byte `offset` of the `.bin`, is outside the vocabulary."""
-        if self.vocabulary_size is None or ids.size == 0:
+        """Raises DataError if any of `ids`, read from byte `offset` of the `.bin`, is outside the vocabulary, or negative."""
+        limit = self.vocabulary_size if self.vocabulary_size is not None else np.iinfo(np.int64).max
+        if ids.size == 0 or (int(ids.max()) < limit and int(ids.min()) >= 0):
             return
-        if int(ids.max()) < self.vocabulary_size and int(ids.min()) >= 0:
-            return
-        first = int(np.argmax((ids >= self.vocabulary_size) | (ids < 0)))
+        first = int(np.argmax((ids >= limit) | (ids < 0)))
+        outside = "negative" if self.vocabulary_size is None else f"outside the vocabulary of {self.vocabulary_size}"
         raise DataError(
-            f"{self.bin_path}: token id {int(ids[first])} at byte {offset + first * self.dtype.itemsize} is outside "
-            f"the vocabulary of {self.vocabulary_size}; if the file is damaged {REPAIR}; if it was written with another "
-            f"tokenizer, use that one"
+            f"{self.bin_path}: token id {int(ids[first])} at byte {offset + first * self.dtype.itemsize} is {outside}; "
+            f"if the file is damaged {REPAIR}; if it was written with another tokenizer, use that one"
         )
 
 
@@ -161,4 +170,7 @@ def _open_prepared(folder: Path, split: str) -> Corpus:
             f"{corpus.prefix}.idx lists {corpus.documents} documents and {corpus.tokens} tokens, {manifests.NAME} says "
             f"{stated.documents} and {stated.tokens}: the files are from different runs; {REPAIR}"
         )
+    # What is wrong with an index on its own has been named by now. This finds the rest, such as a border between two
+    # documents that has moved; tokens take too long for every start, `inspect --verify` reads them.
+    manifests.check_hash(folder / f"{split}.idx", manifest.files[f"{split}.idx"])
     return corpus
