@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
 
     b = commands.add_parser(
         "bench",
-        help="time the loader against raw slices",
+        help="time the loader against raw slices, or the building of an index",
         description="Time the loader against slices of a memory map, and finding steps in a synthetic index.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -123,6 +123,18 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--steps", type=int, default=20, metavar="N", help="batches per round")
     b.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds, of which the median counts")
     b.add_argument("--index", type=int, default=1_000_000_000, metavar="N", help="tokens of the synthetic index")
+    others = b.add_subparsers(dest="bench", metavar="index")
+    x = others.add_parser(
+        "index",
+        help="time and memory of building and opening an index",
+        description="Build and open the index of a synthetic corpus: seconds, and the memory that each takes at most.",
+        epilog="example: python -m pretrain.data bench index --documents 100000000",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    x.add_argument("--documents", type=int, default=10_000_000, metavar="N", help="documents of the index")
+    x.add_argument("--mean", type=int, default=1000, metavar="N", help="tokens of a document on average")
+    x.add_argument("--peer", type=int, default=1_000_000, metavar="N", help="documents for megatron-core's builder")
+    x.add_argument("--folder", default=None, metavar="FOLDER", help="where to write; a temporary folder if not given")
     return top
 
 
@@ -149,6 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from pretrain.data.trace import run_trace
 
                 run_trace(args)
+            elif args.command == "bench" and args.bench == "index":
+                from pretrain.data.index_bench import run_bench as run_index_bench
+
+                run_index_bench(args)
             elif args.command == "bench":
                 from pretrain.data.bench import run_bench
 

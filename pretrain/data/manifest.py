@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -90,9 +89,9 @@ def fingerprint(prefix: Path) -> str:
     digest = xxhash.xxh3_128()
     index = prefix.with_name(prefix.name + ".idx")
     read_header(index)
-    raw = np.memmap(index, mode="r", dtype=np.uint8)
-    for start in range(0, len(raw), _BLOCK):
-        digest.update(raw[start : start + _BLOCK].tobytes())
+    with index.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
     with prefix.with_name(prefix.name + ".bin").open("rb") as stream:
         digest.update(stream.read(_BLOCK))
         stream.seek(max(0, stream.seek(0, 2) - _BLOCK))

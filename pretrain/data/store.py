@@ -82,9 +82,11 @@ class Corpus:
         Raises DataError (missing, truncated or inconsistent files) or ValueError (a split that was not prepared).
         """
         path = Path(path)
-        if path.is_dir():
+        pair = any(path.with_name(path.name + end).exists() for end in (".idx", ".bin"))
+        # Megatron keeps what it computes from a pair in a folder of the same name.
+        if path.is_dir() and not (pair and not (path / manifests.NAME).exists()):
             return _open_prepared(path, split)
-        if not path.with_name(path.name + ".idx").exists() and not path.with_name(path.name + ".bin").exists():
+        if not pair:
             raise DataError(
                 f"{path} is neither a prepared folder nor the prefix of a .bin/.idx pair; "
                 f"prepare one with `python -m pretrain.data prepare --input 'GLOB' --output {path}`"

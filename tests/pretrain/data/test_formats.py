@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 import tracemalloc
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from pretrain.data import Corpus, DataError
 from pretrain.data import index as formats
 from pretrain.data import writer as writers
+from pretrain.data.__main__ import main
 from pretrain.data.index import DTYPES, read_header, read_index, read_modes
 from pretrain.data.writer import IndexWriter, PairWriter, dtype_for
 
@@ -188,3 +190,19 @@ def test_header_of_an_index_without_its_data(tmp_path: Path) -> None:
     assert (header.dtype, header.sequences, header.borders, header.modes) == (np.dtype(np.int64), 2, 3, False)
     with pytest.raises(DataError, match=r"pair\.bin is missing"):
         read_index(tmp_path / "pair")
+
+
+def test_bench_of_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "index", "--documents", "200000", "--mean", "50", "--peer", "1000", "--folder", str(tmp_path)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    tokens = re.search(r"index of 200,000 documents, ([\d,]+) tokens: 4\.0 MB", out)
+    assert tokens is not None
+    assert 9_000_000 < int(tokens[1].replace(",", "")) < 11_000_000
+    # Far less than the index itself, which numpy and Python hold besides; a list of its lengths alone would be more.
+    grown = re.search(r"^built .* ([\d.]+) MB more", out, re.MULTILINE)
+    assert grown is not None
+    assert float(grown[1]) < 20
+    assert "the two indices of 1,000 documents are the same bytes" in out
+    assert list(tmp_path.iterdir()) == []
+    assert main(["bench", "index", "--documents", "0"]) == 2
