@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--steps", type=int, default=20, metavar="N", help="batches per round")
     b.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds, of which the median counts")
     b.add_argument("--index", type=int, default=1_000_000_000, metavar="N", help="tokens of the synthetic index")
-    others = b.add_subparsers(dest="bench", metavar="index")
+    others = b.add_subparsers(dest="bench", metavar="[index]")
     x = others.add_parser(
         "index",
         help="time and memory of building and opening an index",
