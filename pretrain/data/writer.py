@@ -146,7 +146,8 @@ class IndexWriter(_Writer):
 
 
 class PairWriter(_Writer):
-    """Writes `prefix.bin` and `prefix.idx`; there is an `.idx` only once the pair is complete.
+    """Writes `prefix.bin` and `prefix.idx`; there is an `.idx` only once the pair is complete. Until then they are
+    `.partial` files, which the next attempt replaces.
 
     It does not call fsync: who needs the pair to outlive a power cut syncs the two files. Raises as IndexWriter.
     """
@@ -154,12 +155,11 @@ class PairWriter(_Writer):
     def __init__(self, prefix: str | Path, dtype: DTypeLike, *, modes: bool = False) -> None:
         prefix = Path(prefix)
         self.bin_path = prefix.with_name(prefix.name + ".bin")
-        if self.bin_path.exists():
-            raise UsageError(f"{self.bin_path} exists: remove it, or write under another prefix")
         self.index = IndexWriter(prefix, dtype, modes=modes)
         self.dtype = self.index.dtype
         self._stored = self.dtype.newbyteorder("<")
-        self._file = self.bin_path.open("wb", buffering=1 << 20)
+        self._partial = self.bin_path.with_name(self.bin_path.name + ".partial")
+        self._file = self._partial.open("wb", buffering=1 << 20)
 
     @property
     def documents(self) -> int:
@@ -195,7 +195,12 @@ class PairWriter(_Writer):
     def finish(self) -> None:
         """Completes the pair."""
         self._file.close()
-        self.index.finish()
+        self._partial.replace(self.bin_path)
+        try:
+            self.index.finish()
+        except BaseException:
+            self.bin_path.unlink()
+            raise
         self.finished = True
 
     def abandon(self) -> None:
@@ -204,7 +209,7 @@ class PairWriter(_Writer):
             with contextlib.suppress(OSError):
                 self._file.close()
             self.index.abandon()
-            self.bin_path.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
 
 
 def _integers(values: Integers, name: str, largest: int) -> np.ndarray:

@@ -98,7 +98,7 @@ def test_what_the_format_cannot_hold_is_refused_and_writes_nothing(tmp_path: Pat
     assert (tmp_path / "pair.bin").stat().st_size == 2
     with pytest.raises(ValueError, match="has no code for token ids of float32: choose one of uint8, int8, int16"):
         PairWriter(tmp_path / "floats", np.float32)
-    with pytest.raises(ValueError, match=r"pair\.bin exists: remove it"):
+    with pytest.raises(ValueError, match=r"pair\.idx exists: remove it"):
         PairWriter(tmp_path / "pair", np.uint16)
     with pytest.raises(ValueError, match=r"pair\.idx exists: remove it"):
         IndexWriter(tmp_path / "pair", np.uint16)
@@ -113,7 +113,7 @@ def test_what_the_format_cannot_hold_is_refused_and_writes_nothing(tmp_path: Pat
     assert (tmp_path / "modes.idx").read_bytes() == by_hand(2, [4], 1, [0, 1], [1])
 
 
-def test_an_index_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_an_index_appears_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         with PairWriter(tmp_path / "pair", np.uint16) as writer:
             writer.add(np.arange(4), [1, 3], [2])
@@ -123,14 +123,22 @@ def test_an_index_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+    # Also when there is no space for the last part of the index.
+    full = PairWriter(tmp_path / "pair", np.uint16)
+    full.add(np.arange(4), [1, 3])
+    monkeypatch.setattr(writers, "pack_header", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(OSError, match="no space"), full:
+        full.finish()
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
     # What a killed process leaves does not pass for an index, and does not disturb the next attempt.
     killed = PairWriter(tmp_path / "pair", np.uint16)
     killed.add(np.arange(4), [1, 3])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pair.bin", "pair.idx.partial"]
-    (tmp_path / "pair.bin").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pair.bin.partial", "pair.idx.partial"]
     with PairWriter(tmp_path / "pair", np.uint16) as writer:
         writer.add(np.arange(2), [2])
     assert (tmp_path / "pair.idx").read_bytes() == by_hand(8, [2], 2, [0, 1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pair.bin", "pair.idx"]
     with pytest.raises(DataError, match="holds no documents"), PairWriter(tmp_path / "none", np.uint16) as writer:
         writer.finish()
         assert (tmp_path / "none.idx").read_bytes() == by_hand(8, [], 2, [0])
