@@ -23,7 +23,8 @@ from pretrain.data.megatron import indexed_dataset
 from pretrain.data.store import Corpus
 from pretrain.data.writer import IndexWriter
 
-_AT_ONCE = 1 << 16  # documents that are added together, as a preparation would
+_LENGTHS = 1 << 16  # lengths that are drawn, and then used again and again
+_AT_ONCE = 128  # documents that are added together: some 500 kB of text, as a preparation would
 
 
 def _status(name: str) -> int:
@@ -43,16 +44,17 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def lengths_of(documents: int, mean: int) -> np.ndarray:
-    """Log-normal document lengths, as those of web text are: int64, _AT_ONCE or fewer."""
+    """Log-normal document lengths, as those of web text are: int64, _LENGTHS or fewer."""
     chance = np.random.default_rng(0)
-    return np.maximum(chance.lognormal(np.log(mean) - 0.5, 1.0, min(documents, _AT_ONCE)).astype(np.int64), 1)
+    return np.maximum(chance.lognormal(np.log(mean) - 0.5, 1.0, min(documents, _LENGTHS)).astype(np.int64), 1)
 
 
 def build(prefix: Path, documents: int, lengths: np.ndarray) -> int:
     """Writes the index with the lengths in turn; returns how many tokens it has."""
     with IndexWriter(prefix, np.uint16) as index:
         while index.documents < documents:
-            index.add(lengths[: documents - index.documents])
+            first = index.documents % len(lengths)
+            index.add(lengths[first : first + min(_AT_ONCE, documents - index.documents)])
     with prefix.with_name(prefix.name + ".bin").open("wb") as file:
         file.truncate(2 * index.tokens)
     return index.tokens

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.data.errors import DataError
-from pretrain.data.index import REPAIR, check_size
+from pretrain.data.index import REPAIR, check_size, read_header, read_modes
 from pretrain.data.manifest import Manifest, check_hash
 from pretrain.data.order import Order, Span
 from pretrain.data.report import split_table
@@ -33,6 +33,8 @@ def run_inspect(args: argparse.Namespace) -> None:
         console.print(split_table(corpus.manifest))
     else:
         console.print(f"{corpus.prefix}: {corpus.documents:,} documents, {corpus.tokens:,} tokens of {corpus.dtype}")
+        for line in sequences(corpus):
+            console.print(line)
     if args.verify:
         for line in verify(corpus):
             console.print(f"verified: {line}")
@@ -51,6 +53,18 @@ def run_inspect(args: argparse.Namespace) -> None:
         for sequence in range(args.samples):
             console.print(f"\nsequence {sequence}", style="bold")
             _print_spans(console, corpus, tokenizer, order.spans(sequence))
+
+
+def sequences(corpus: Corpus) -> Iterator[str]:
+    """What a Megatron pair says beyond its documents: that they are several sequences each, and the modes of these."""
+    header = read_header(corpus.prefix.with_name(corpus.prefix.name + ".idx"))
+    if header.sequences != corpus.documents:
+        yield f"its documents are {header.sequences:,} sequences, which Megatron's GPTDataset takes for documents"
+    modes = read_modes(corpus.prefix)
+    if modes is not None:
+        kinds, counts = np.unique(modes, return_counts=True)
+        found = ", ".join(f"{count:,} of mode {kind}" for kind, count in zip(kinds.tolist(), counts.tolist()))
+        yield f"its sequences have modes ({found}), which training does not look at"
 
 
 def histogram(lengths: np.ndarray) -> list[str]:

@@ -67,11 +67,15 @@ def test_the_same_bytes_for_every_type(tmp_path: Path, code: int) -> None:
     # Read as training would, a row's tokens are those of the documents one after the other.
     loader = Loader(corpus, sequence_length=T, global_batch=1, micro_batch=1, seed=0)
     stream = [token for document in flat for token in document]
-    windows = {tuple((stream * 2)[i : i + T]) for i in range(len(stream))}
-    for step in range(8):
+    windows = {tuple((stream * 2)[i : i + T]): i for i in range(len(stream))}
+    # Documents are apart, the sequences of one document are not.
+    borders = np.cumsum([0, *(len(document) for document in flat)])
+    for step in range(20):
         (batch,) = loader.batches(step)
         assert batch.tokens.dtype == torch.int64
-        assert tuple(batch.tokens[0].tolist()) in windows
+        first = windows[tuple(batch.tokens[0].tolist())]
+        inside = {int(border) - first for border in [*borders, *(borders[1:] + len(stream))]} & set(range(1, T))
+        assert batch.cu_seqlens.tolist() == [0, *sorted(inside), T]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -69,6 +69,19 @@ def test_documents_of_several_sequences_and_of_none(tmp_path: Path, monkeypatch:
     assert corpus.read(5).tolist() == corpus.read(9).tolist() == []
 
 
+def test_inspect_tells_sequences_and_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with PairWriter(tmp_path / "plain", np.uint16) as writer:
+        writer.add(np.arange(9), [4, 5])
+    with PairWriter(tmp_path / "several", np.uint16, modes=True) as writer:
+        writer.add(np.arange(9), [4, 2, 3], [1, 2], [0, 1, 0])
+    for name in ("plain", "several"):
+        assert main(["inspect", str(tmp_path / name), "--samples", "0"]) == 0
+        out = capsys.readouterr().out
+        assert f"{name}: 2 documents, 9 tokens of uint16" in out
+        assert ("its documents are 3 sequences" in out) == (name == "several")
+        assert ("its sequences have modes (2 of mode 0, 1 of mode 1)" in out) == (name == "several")
+
+
 def test_as_many_documents_as_sequences_but_not_one_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (2, 100):
         monkeypatch.setattr(formats, "_BLOCK", block)
