@@ -10,17 +10,46 @@ from pydantic import Field, model_validator
 from parallel.config import Strict
 
 
+class StreamConfig(Strict):
+    """Text that is made into tokens while training reads it."""
+
+    kind: Literal["files", "dataset"] = "files"
+    """files: `path` is a glob, or a folder, of text, jsonl or Parquet files. dataset: it is the name of a Hugging Face data set,
+    or a folder that holds one."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """Of files; auto goes by their names."""
+    text_field: str = "text"
+    """Where rows hold the text."""
+    subset: str | None = None
+    """Of a data set, the name of one of its configurations."""
+    split: str = "train"
+    """Of a data set."""
+    remote: bool = True
+    """Rows of a data set are fetched as they are read; false: all of it is downloaded before."""
+    shuffle: bool = True
+    """Units of the text (stretches of files, row groups, shards) are shuffled in each epoch, and the rows within each."""
+    lanes: int | None = Field(None, ge=1)
+    """Parts that are read side by side: sequence n comes from lane n % lanes. A data-parallel rank tokenises the lanes that its
+    sequences are in: only its own share, if ranks x micro_batch divides this and there is no other source; in a blend, all of
+    them. None: as many as a step has sequences, or the largest divisor of that up to 256 and up to the number of units. A run
+    that goes on keeps its own."""
+
+
 class SourceConfig(Strict):
     """One corpus of a blend."""
 
     path: Path
-    """Folder written by `python -m pretrain.data prepare`, or the prefix of a Megatron .bin/.idx pair."""
+    """Folder written by `python -m pretrain.data prepare`, or the prefix of a Megatron .bin/.idx pair; with `stream`, where the
+    text is."""
+    stream: StreamConfig | None = None
+    """Makes text into tokens on the fly, with `data.tokenizer` or the other sources'; data.workers processes of each rank do
+    it. It needs a validation_path."""
     weight: float = Field(1.0, ge=0)
     """Share of the training sequences, in proportion to the other sources' weights."""
     name: str | None = None
     """What metrics call it; the last part of the path when left out."""
     validation_path: Path | None = None
-    """Prefix of a Megatron pair to validate on; None takes the validation split of `path`."""
+    """Folder written by `prepare`, or prefix of a Megatron pair, to validate on; None takes the validation split of `path`."""
 
     @property
     def label(self) -> str:
@@ -64,7 +93,8 @@ class DataConfig(Strict):
     validation_path: Path | None = None
     """Prefix of a Megatron pair to validate on; None takes the validation split of `path`."""
     tokenizer: Path | None = None
-    """SentencePiece .model for a bare Megatron pair, which has none beside it; a prepared folder brings its own."""
+    """SentencePiece .model or tokenizer.json for a bare Megatron pair, which has none beside it, and for streamed text; a
+    prepared folder brings its own."""
     sources: list[SourceConfig] = Field(default_factory=list)
     """Several corpora, blended by weight, instead of one `path`."""
     stages: list[StageConfig] = Field(default_factory=list)
@@ -101,4 +131,12 @@ class DataConfig(Strict):
             raise ValueError(f"sources {labels} need names that differ; give each a `name`")
         if self.order == 1 and (self.packing != "concatenate" or len(self.sources) > 1):
             raise ValueError("order = 1 knows no blends and no best_fit; leave it out")
+        streamed = [source.label for source in self.sources if source.stream is not None]
+        if streamed and self.packing == "best_fit":
+            raise ValueError(
+                f"packing = best_fit needs the length of every document before the first step, and of {streamed[0]}, which "
+                "is streamed, they are only known once it is read: use concatenate, or prepare it first"
+            )
+        if streamed and self.order == 1:
+            raise ValueError(f"order = 1 knows no streamed sources ({streamed[0]}); leave it out")
         return self
