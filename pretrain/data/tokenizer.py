@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 
 from pretrain.data.errors import DataError, UsageError
+from pretrain.data.seal import sealed
 
 # SentencePiece writes a space as U+2581 inside its pieces and cannot tell it from a U+2581 in the text.
 SPACE = "\u2581"
 _SPACE_BYTES = SPACE.encode()
+SETTINGS = "tokenizer_config.json"
 
 
 def is_json(path: Path) -> bool:
@@ -24,18 +28,71 @@ def is_json(path: Path) -> bool:
         return file.read(64).lstrip()[:1] == b"{"
 
 
+def find(path: str | Path) -> Path:
+    """The tokenizer file that `path` is, or that lies in the folder of a Hugging Face model (or a run, or a corpus).
+
+    Of a folder with both kinds tokenizer.model is taken, unless it is not SentencePiece's or tokenizer.json has more ids.
+    Raises ValueError if there is none, DataError if it is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    model, written = path / "tokenizer.model", path / "tokenizer.json"
+    if model.is_file() and written.is_file() and not is_json(model):
+        try:
+            return written if _Json(written).size > _Pieces(model).size else model
+        except DataError:
+            if sealed(model.read_bytes()) is not None:
+                raise
+            return written
+    for name in (model, written):
+        if name.is_file():
+            return name
+    if not path.is_dir():
+        raise UsageError(
+            f"no tokenizer at {path}; give a SentencePiece .model file, a tokenizer.json, or a folder with one"
+        )
+    hint = (
+        "; it has the vocab.json of an older kind: save it once with `tokenizer = transformers.AutoTokenizer."
+        f"from_pretrained({str(path)!r}); tokenizer.save_pretrained({str(path)!r})`"
+    )
+    raise UsageError(
+        f"{path} has neither tokenizer.model nor tokenizer.json{hint * (path / 'vocab.json').is_file()}; give a folder that "
+        "has one"
+    )
+
+
+def install(source: str | Path, folder: Path) -> Path:
+    """Copies a tokenizer (see `find`) into `folder`, where it is called tokenizer.model whatever its kind; returns its path.
+
+    With it goes the tokenizer_config.json beside a tokenizer.json, which names bos and eos. Raises as `find`.
+    """
+    file, target = find(source), folder / "tokenizer.model"
+    if file.resolve() == target.resolve():
+        return target
+    shutil.copyfile(file, target)
+    settings = file.with_name(SETTINGS)
+    if is_json(file) and settings.is_file():
+        shutil.copyfile(settings, folder / SETTINGS)
+    return target
+
+
+def fingerprint(path: Path) -> str:
+    """xxh3_128 (hexadecimal) of a tokenizer file: what manifests and checkpoints know it by."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
+
+
 class Tokenizer:
     """A tokenizer file, loaded at first use (so it can be handed to other processes by path).
 
-    With a SentencePiece .model, decode(encode(text)) == text for every text that UTF-8 can hold, unless the model normalises; a
-    tokenizer.json keeps its own promises. Its names for bos and eos come from tokenizer_config.json beside it.
-    Raises DataError if the file cannot be loaded, ValueError if it does not exist.
+    path: a file, or a folder that has one (see `find`).
+    With a SentencePiece .model, decode(encode(text)) == text for every text that UTF-8 can hold, unless the model normalises
+    or lacks byte pieces; a tokenizer.json keeps its own promises. Its names for bos and eos come from tokenizer_config.json
+    beside it. Raises DataError if the file cannot be loaded or does not fit its seal, ValueError if it does not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UsageError(f"no tokenizer at {self.path}; give a SentencePiece .model file or a tokenizer.json")
+        self.path = find(path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -43,6 +100,11 @@ class Tokenizer:
     @cached_property
     def _words(self) -> _Words:
         return _Json(self.path) if is_json(self.path) else _Pieces(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3_128 of the file."""
+        return fingerprint(self.path)
 
     @property
     def vocabulary_size(self) -> int:
@@ -106,9 +168,16 @@ class _Pieces:
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor()
+        raw = path.read_bytes()
+        if sealed(raw) is False:
+            raise DataError(
+                f"{path} is damaged: it does not fit the hash at its end; copy it again from the corpus or run that it came with"
+            )
         try:
-            self._processor.LoadFromSerializedProto(path.read_bytes())
-        except (RuntimeError, OSError) as error:
+            self._processor.LoadFromSerializedProto(raw)
+            for i in range(self._processor.vocab_size()):
+                self._processor.id_to_piece(i)  # damage may leave what is not UTF-8
+        except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
                 f"{path} is not a SentencePiece model ({error}); give a .model file or a tokenizer.json, or let `prepare` "
                 "train one"
@@ -192,7 +261,7 @@ class _Json:
         self.bos, self.eos = self._ends(path)
 
     def _ends(self, path: Path) -> tuple[int | None, int | None]:
-        beside = path.with_name("tokenizer_config.json")
+        beside = path.with_name(SETTINGS)
         try:
             settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
         except ValueError as error:
