@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import numpy as np
 
 from pretrain.data.packing import Row
 
@@ -12,6 +15,10 @@ class Unmeasured:
 
     windows_per_epoch: float = math.inf
     padding = 0.0
+    of_documents = True
 
     def row(self, sequence: int) -> Row:
+        raise AssertionError("a streamed source is read by lanes")
+
+    def pieces(self, sequences: np.ndarray) -> Any:
         raise AssertionError("a streamed source is read by lanes")
