@@ -16,6 +16,7 @@ from pretrain.data.packing import Arrangement, Concatenated
 from pretrain.data.stages import Place, Stage
 from pretrain.data.store import Corpus
 from pretrain.data.stream import ORDER_VERSIONS, Position, Reference, Stream
+from pretrain.data.tokenizer_check import same_tokenizer
 from pretrain.data.workers import Workers
 
 __all__ = ["Batch", "Loader"]
@@ -324,17 +325,6 @@ def _place(state: dict[str, Any]) -> Place:
         weights=tuple(float(weight) for weight in place["weights"]),
         passes=tuple(float(passed) for passed in place.get("earlier_passes", ())),
     )
-
-
-def same_tokenizer(corpora: Sequence[Corpus]) -> None:
-    """Raises ValueError unless all sources that say which tokenizer wrote them name the same one."""
-    known = [(each, each.manifest.tokenizer.xxh3_128) for each in corpora if each.manifest is not None]
-    for other, found in known[1:]:
-        if found != known[0][1]:
-            raise UsageError(
-                f"{other.prefix} was written with another tokenizer (xxh3_128 {found}) than {known[0][0].prefix} "
-                f"({known[0][1]}): prepare it again with `--tokenizer {known[0][0].tokenizer_path}`"
-            )
 
 
 def _check(stage: Stage, rank: int, ranks: int) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from pretrain.data.config import DataConfig, SourceConfig
 from pretrain.data.errors import UsageError
-from pretrain.data.loader import Loader, same_tokenizer
+from pretrain.data.loader import Loader
 from pretrain.data.stages import stages_of
 from pretrain.data.store import Corpus
 from pretrain.data.streaming import TextSource, open_text, tokenizer_for
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer_check import same_tokenizer
 
 Source = Corpus | TextSource
 
@@ -33,7 +34,7 @@ def open_sources(data: DataConfig, vocabulary: int | None = None) -> list[Source
         for number, source in enumerate(sources)
         if source.stream is None
     }
-    same_tokenizer(list(prepared.values()))
+    same_tokenizer(list(prepared.values()), data.tokenizer)
     if len(prepared) == len(sources):
         return list(prepared.values())
     written = [(each.tokenizer_path, each.manifest.tokenizer.xxh3_128) for each in prepared.values() if each.manifest]

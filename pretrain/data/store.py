@@ -156,6 +156,10 @@ def _open_prepared(folder: Path, split: str) -> Corpus:
         )
     for name in (f"{split}.bin", f"{split}.idx", "tokenizer.model", "token_bytes.npy"):
         check_size(folder / name, manifest.files[name].bytes, f"{manifests.NAME} in the same folder")
+    # Small files whose damage would show in the meaning of ids only. The tokens' own hash is checked by `inspect --verify`.
+    for name in ("tokenizer.model", "token_bytes.npy", "tokenizer_config.json"):
+        if name in manifest.files:
+            manifests.check_hash(folder / name, manifest.files[name])
     table = np.load(folder / "token_bytes.npy")
     corpus = Corpus(
         folder / split,
