@@ -121,14 +121,13 @@ def pack_rows(
     masked: bool = True,
     skip_bad: bool = False,
 ) -> Batch:
-    """Reads rows of any sources into one batch.
+    """Reads rows of any sources into one batch: what reading.Reader does, piece by piece.
 
     corpora: the sources. rows: (index of the source, row). masked: documents in a row do not see each other and none
     is predicted from another; otherwise a row is one sequence, but for its padding. skip_bad: a piece with a token
     outside the vocabulary becomes padding and is counted, instead of a DataError.
     """
     total = len(rows) * sequence_length
-    # Padding is filled with the source's end of text: any token would do, nothing is learnt from it.
     tokens = np.empty(total, np.int64)
     targets = np.full(total, IGNORE, np.int64)
     borders: list[int] = []
@@ -144,7 +143,7 @@ def pack_rows(
             except DataError:
                 if not skip_bad:
                     raise
-                tokens[at : at + piece.length] = _filling(corpus)
+                tokens[at : at + piece.length] = filling(corpus)
                 borders.append(at)
                 damaged, joined, at = damaged + piece.length, False, at + piece.length
                 continue
@@ -157,7 +156,7 @@ def pack_rows(
             targets[at : at + followed] = values[1 : followed + 1]
             at, joined = at + piece.length, True
         if at < end:
-            tokens[at:end] = _filling(corpus)
+            tokens[at:end] = filling(corpus)
             borders.append(at)
             padding += end - at
         elif row.after is not None and joined and not masked:
@@ -170,47 +169,8 @@ def pack_rows(
     return _batch(tokens, targets, np.array([*borders, total], np.int32), padding + damaged, damaged)
 
 
-def pack_stream(
-    corpus: Corpus, segments: Sequence[Sequence[tuple[int, int]]], sequence_length: int, *, masked: bool = True
-) -> Batch:
-    """As pack_rows, of windows that lie together in the file: read as they are, and cut into documents afterwards.
-
-    segments: for each window, (first token in the file, count) of its T + 1 tokens; see packing.Concatenated. Raises
-    DataError for a token outside the vocabulary.
-    """
-    read = np.empty((len(segments), sequence_length + 1), corpus.dtype)
-    # Where documents may begin in a piece of the file, as [low, high) of its tokens, and what takes a place in the file to
-    # the target before it in the batch. A document at a window's beginning has no target before it there.
-    lows, highs, shifts = [], [], []
-    for number, window in enumerate(segments):
-        at = 0
-        for first, count in window:
-            read[number, at : at + count] = corpus.raw(first, count)
-            lows.append(first if at else first + 1)
-            highs.append(first + count)
-            shifts.append(number * sequence_length + at - first - 1)
-            at += count
-    signed = corpus.dtype.kind == "i"
-    if corpus.vocabulary_size is not None and (
-        int(read.max()) >= corpus.vocabulary_size or (signed and int(read.min()) < 0)
-    ):
-        for first, count in (piece for window in segments for piece in window):
-            corpus.check_ids(corpus.raw(first, count), first * corpus.dtype.itemsize)
-    tokens = read[:, :-1].astype(np.int64).reshape(-1)
-    targets = read[:, 1:].astype(np.int64).reshape(-1)
-    borders = np.arange(len(segments) + 1, dtype=np.int64) * sequence_length
-    if masked:
-        bounds = corpus.starts.searchsorted(np.array([lows, highs]))
-        begins = [corpus.starts[low:high] for low, high in bounds.T.tolist()]
-        last = np.concatenate(begins) + np.repeat(shifts, bounds[1] - bounds[0])
-        targets[last] = IGNORE
-        borders = np.sort(np.concatenate([borders, last + 1]))
-        # An empty document begins where the next one does; one after a window's last input where the next window does.
-        borders = borders[np.append(borders[1:] != borders[:-1], True)]
-    return _batch(tokens, targets, borders.astype(np.int32), 0, 0)
-
-
-def _filling(corpus: Corpus) -> int:
+def filling(corpus: Corpus) -> int:
+    """What stands where there is no token: any id would do, nothing is learnt from it."""
     return corpus.eos if corpus.eos is not None else 0
 
 

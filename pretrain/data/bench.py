@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pretrain.data.best_fit import BestFit
 from pretrain.data.index import MAGIC
 from pretrain.data.loader import Loader
-from pretrain.data.packing import BestFit
 from pretrain.data.stages import Stage
 from pretrain.data.store import Corpus
 from pretrain.data.stream import Stream
@@ -103,7 +103,7 @@ def seek(tokens: int, mean: int, length: int) -> None:
     chance = np.random.default_rng(1)
     for name, packing, version in (("concatenated", "concatenate", 2), ("order version 1", "concatenate", 1)):
         begin = time.perf_counter()
-        stream = Stream([lengths], [starts], [Stage(0, 256, 1, length)], 0, packing, version)
+        stream = Stream([starts], [Stage(0, 256, 1, length)], 0, packing, version)
         opened = time.perf_counter() - begin
         steps = [int(step) for step in chance.integers(0, 3 * int(starts[-1]) // length // 256, 21)]
         taken = []

@@ -37,6 +37,12 @@ class Blend:
         source = int(self._source[place])
         return source, turn * self.shares[source] + int(self._number[place])
 
+    def many(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`at` of many: (sources, their sequence numbers), int64."""
+        turns, places = np.divmod(sequences, self.period)
+        sources = self._source[places].astype(np.int64)
+        return sources, turns * np.array(self.shares)[sources] + self._number[places]
+
     def counts(self, sequences: int) -> list[int]:
         """How many of the first `sequences` sequences come from each source."""
         turn, place = divmod(sequences, self.period)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from pretrain.data.batch import Batch, pack_rows, pack_stream
+from pretrain.data.batch import Batch, pack_rows
+from pretrain.data.best_fit import Table
 from pretrain.data.errors import UsageError
-from pretrain.data.packing import Arrangement, Concatenated
+from pretrain.data.packing import Arrangement
+from pretrain.data.reading import Reader
 from pretrain.data.stages import Place, Stage
 from pretrain.data.store import Corpus
 from pretrain.data.stream import ORDER_VERSIONS, Position, Reference, Stream
@@ -34,8 +35,10 @@ class Loader:
     micro_batch: sequences per micro-batch. stages: what changes as tokens are seen (see stages.Stage), in place of
     sequence_length, global_batch and micro_batch. packing, masked, skip_bad: see DataConfig. version: of the order of a
     run that begins; a state that is loaded brings its own. prefetch: prepare the next step on a thread. workers:
-    processes that read ahead instead. pin: hand batches out in page-locked memory. Raises ValueError if a global_batch
-    does not divide by ranks * micro_batch, DataError for damaged data when a batch is read.
+    processes that read ahead instead. pin: hand batches out in page-locked memory. tables: see Stream.
+
+    Raises ValueError if a global_batch does not divide by ranks * micro_batch, DataError for damaged data when a batch
+    is read.
     """
 
     def __init__(
@@ -56,32 +59,42 @@ class Loader:
         skip_bad: bool = False,
         pin: bool = False,
         workers: int = 0,
+        tables: Mapping[tuple[int, int], Table] | None = None,
     ) -> None:
         self.corpora = [corpus] if isinstance(corpus, Corpus) else list(corpus)
         stages = list(stages) or [Stage(0, global_batch, micro_batch, sequence_length)]
         for stage in stages:
             _check(stage, rank, ranks)
         same_tokenizer(self.corpora)
-        self._recipe = (stages, seed, packing)
+        self._recipe, self._tables = (stages, seed, packing), tables
         self.stream = self._stream(version)
         self.rank, self.ranks = rank, ranks
         self.masked, self.skip_bad, self.pin = masked, skip_bad, pin
-        for each in self.corpora:
-            _ = each.dataset  # imported and mapped here, not on the first step's clock or on the thread
+        self._reader = self._new_reader()
         self._next_step = self._base = 0  # steps are numbered from `_base` on
         self.damaged = 0
         self._workers: Workers | None = None
         if workers:
             ways: dict[str, Any] = {"stages": stages, "seed": seed, "packing": packing, "masked": masked}
             ways |= {"rank": rank, "ranks": ranks, "skip_bad": skip_bad}
+            if packing == "best_fit":
+                for source in range(len(self.corpora)):
+                    self.stream.arrangement(stages[0].run, source)
+                ways["tables"] = self.stream.tables()  # so that not each worker packs the corpus again
             self._workers = Workers(partial(_reader, self.corpora, ways), workers)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch and not workers else None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def _stream(self, version: int) -> Stream:
         stages, seed, packing = self._recipe
-        lengths, starts = [each.lengths for each in self.corpora], [each.starts for each in self.corpora]
-        return Stream(lengths, starts, stages, seed, packing, version)
+        starts = [None if each.streamed else each.starts for each in self.corpora]
+        return Stream(starts, stages, seed, packing, version, self._tables)
+
+    def _new_reader(self) -> Reader | None:
+        """None where a source is streamed: what comes next is not known before it has been read."""
+        if any(each.streamed for each in self.corpora):
+            return None
+        return Reader(self.stream, self.corpora, self.rank, self.ranks, self.masked)
 
     @property
     def corpus(self) -> Corpus:
@@ -106,6 +119,9 @@ class Loader:
 
     @skipped.setter
     def skipped(self, spans: Sequence[Sequence[int]]) -> None:
+        self._drop_ahead()
+        if self._reader is not None:
+            self._reader.forget()
         self.stream.set_skipped(spans)
 
     def stage(self, step: int) -> Stage:
@@ -170,6 +186,8 @@ class Loader:
     def skip_to(self, position: Position) -> None:
         """Leaves out what comes next, up to `position`, in this run and in those that load its state."""
         self._drop_ahead()
+        if self._reader is not None:
+            self._reader.forget()
         self.stream.skip_to(self._next_step, position)
 
     def batches(self, step: int) -> list[Batch]:
@@ -200,16 +218,13 @@ class Loader:
         return [self.stream.references(step, range(start, start + stage.micro_batch)) for start in starts]
 
     def _read(self, step: int) -> list[Batch]:
-        length = self.stage(step).sequence_length
-        found = [self._pack(references, length) for references in self.references(step, self.rank, self.ranks)]
+        found = self._reader.read(step) if self._reader is not None else None
+        if found is None:
+            length = self.stage(step).sequence_length
+            found = [self._pack(references, length) for references in self.references(step, self.rank, self.ranks)]
         return [batch.pin() for batch in found] if self.pin else found
 
     def _pack(self, references: Sequence[Reference], length: int) -> Batch:
-        sources = {reference.source for reference in references}
-        arrangement = self.stream.arrangement(references[0].run, references[0].source)
-        if len(sources) == 1 and isinstance(arrangement, Concatenated) and not self.skip_bad:
-            segments = arrangement.segments(np.array([reference.sequence for reference in references]))
-            return pack_stream(self.corpora[references[0].source], segments, length, masked=self.masked)
         rows = [(reference.source, self.stream.row(reference)) for reference in references]
         return pack_rows(self.corpora, rows, length, masked=self.masked, skip_bad=self.skip_bad)
 
@@ -269,6 +284,7 @@ class Loader:
             self.stream = self._stream(state["order_version"])
         self.stream.begin(_place(state))
         self.stream.set_skipped(state.get("skipped", []))
+        self._reader = self._new_reader()
         self._next_step = self._base = int(state["step"])
 
     def beginning(self, step: int, tokens: int) -> dict[str, Any]:

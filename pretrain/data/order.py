@@ -78,6 +78,13 @@ def past(skipped: Skipped, used: int) -> int:
     return used
 
 
+def past_all(skipped: Skipped, used: np.ndarray) -> np.ndarray:
+    """`past` of many, int64."""
+    for first, end in skipped:
+        used = np.where(used >= first, used + (end - first), used)
+    return used
+
+
 def joined(skipped: Skipped, first: int, end: int) -> list[tuple[int, int]]:
     """`skipped` with [first, end) added."""
     apart = [span for span in skipped if span[1] < first or span[0] > end]

@@ -156,5 +156,10 @@ class Timetable:
             raise UsageError(f"step {step} lies before the first sequence of this run")
         return found
 
+    def end(self, step: int) -> float:
+        """The first step of the segment after that of `step`; infinity if it is the last."""
+        after = bisect_right(self._steps, step)
+        return self._steps[after] if after < len(self._steps) else float("inf")
+
     def place(self, step: int) -> Place:
         return self.at(step).place(step)

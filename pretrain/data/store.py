@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,12 +12,11 @@ import torch
 from pretrain.data import manifest as manifests
 from pretrain.data.errors import DataError, UsageError
 from pretrain.data.index import REPAIR, check_size, read_index
-from pretrain.data.megatron import indexed_dataset
 from pretrain.data.tokenizer import Tokenizer
 
 
 class Corpus:
-    """Documents of token ids in a memory-mapped `.bin`, read through megatron-core's IndexedDataset.
+    """Documents of token ids in a memory-mapped `.bin`.
 
     prefix: path without `.bin`/`.idx`. starts: int64 [documents + 1], tokens before each document. tokens: their sum.
     vocabulary_size: None if a bare prefix was opened without one. token_bytes: int32 [vocabulary], bytes of text per
@@ -25,6 +24,9 @@ class Corpus:
     manifest: None for a bare prefix. A multimodal pair's modes are not looked at: as for Megatron's GPTDataset, all its
     tokens are one text.
     """
+
+    streamed: ClassVar[bool] = False
+    """Whether its documents are not known before they are read: see streaming.py."""
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class Corpus:
 
     def __getstate__(self) -> dict[str, Any]:
         # For a process that reads on its own: it opens the files itself, which is quicker than to be sent what they hold.
-        return {key: value for key, value in self.__dict__.items() if key not in ("dataset", "lengths", "starts")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("ids", "lengths", "starts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -63,9 +65,11 @@ class Corpus:
         return np.diff(self.starts)
 
     @cached_property
-    def dataset(self) -> Any:
-        """megatron-core's IndexedDataset, opened at the first read: counting a corpus does not wait for its import."""
-        return indexed_dataset().IndexedDataset(str(self.prefix), mmap=True)
+    def ids(self) -> np.ndarray:
+        """All tokens of the file, mapped at the first read. A view without memmap's own slicing, which takes longer."""
+        return (
+            np.memmap(self.bin_path, self.dtype, mode="r").view(np.ndarray) if self.tokens else np.empty(0, self.dtype)
+        )
 
     @staticmethod
     def open(
@@ -132,7 +136,7 @@ class Corpus:
 
     def raw(self, first: int, count: int) -> np.ndarray:
         """`count` tokens of the file from its token `first` on, whatever documents they belong to, unchecked."""
-        return self.dataset.bin_reader.read(dtype=self.dtype.type, count=count, offset=first * self.dtype.itemsize)
+        return self.ids[first : first + count]
 
     def check_ids(self, ids: np.ndarray, offset: int) -> None:
         """Raises DataError if any of `ids`, read from byte `offset` of the `.bin`, is outside the vocabulary, or negative."""

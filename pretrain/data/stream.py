@@ -5,15 +5,16 @@ Nothing here knows of ranks, processes or files: only of how long documents are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pretrain.data.best_fit import BestFit, Table
 from pretrain.data.errors import UsageError
-from pretrain.data.order import joined, past
-from pretrain.data.packing import Arrangement, BestFit, Concatenated, Row, Version1, require_tokens
+from pretrain.data.order import joined, past, past_all
+from pretrain.data.packing import Arrangement, Concatenated, Row, Version1, require_tokens
 from pretrain.data.stages import Place, Segment, Stage, Timetable
 
 ORDER_VERSIONS = (1, 2)
@@ -31,37 +32,45 @@ class Reference:
 
 
 class Stream:
-    """lengths, starts: of each source, see Corpus. packing: "concatenate" or "best_fit". version: of the token order.
+    """starts: of each source, see Corpus; None of one that is streamed. packing: "concatenate" or "best_fit".
+    version: of the token order. tables: of a best fit that is known, by run and source.
 
     Raises ValueError for sources too small for a sequence, and for what version 1 does not know.
     """
 
     def __init__(
         self,
-        lengths: Sequence[np.ndarray],
-        starts: Sequence[np.ndarray],
+        starts: Sequence[np.ndarray | None],
         stages: Sequence[Stage],
         seed: int,
         packing: str = "concatenate",
         version: int = 2,
+        tables: Mapping[tuple[int, int], Table] | None = None,
     ) -> None:
         self.stages, self.seed, self.packing, self.version = list(stages), seed, packing, version
-        self._lengths, self._starts = lengths, starts
-        self.sources = len(lengths)
+        self._starts = starts
+        self.sources = len(starts)
         assert all(len(stage.weights) == self.sources for stage in stages)
         if version == 1 and not self.simple:
             raise UsageError("order version 1 knows one source, one sequence length and concatenation only")
         self._arrangements: dict[tuple[int, int], Arrangement] = {}
+        self._tables = tables or {}
         for stage in stages:
-            for source in range(self.sources):
-                require_tokens(int(starts[source][-1]), stage.sequence_length)
+            for ends in starts:
+                if ends is not None:
+                    require_tokens(int(ends[-1]), stage.sequence_length)
         self.skipped: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.begin(Place(counts=(0,) * self.sources))
 
     @property
     def simple(self) -> bool:
         """Whether version 1 could say it."""
-        return self.sources == 1 and self.packing == "concatenate" and all(stage.run == 0 for stage in self.stages)
+        return (
+            self.sources == 1
+            and self._starts[0] is not None
+            and self.packing == "concatenate"
+            and all(stage.run == 0 for stage in self.stages)
+        )
 
     def begin(self, place: Place) -> None:
         """Numbers steps from this place on."""
@@ -78,12 +87,17 @@ class Stream:
         found = self._arrangements.get((run, source))
         if found is None:
             length = next(stage.sequence_length for stage in self.stages if stage.run == run)
-            if self.version == 1:
-                found = Version1(self._lengths[source], length, self.seed)
+            starts, key = self._starts[source], (self.seed, source, run)
+            if starts is None:
+                from pretrain.data.streaming_order import Unmeasured
+
+                found = Unmeasured()
+            elif self.version == 1:
+                found = Version1(np.diff(starts), length, self.seed)
             elif self.packing == "best_fit":
-                found = BestFit(self._starts[source], length, self.seed, source, run)
+                found = BestFit(starts, length, *key, known=self._tables.get((run, source)))
             else:
-                found = Concatenated(self._starts[source], length, self.seed, source, run)
+                found = Concatenated(starts, length, *key)
             self._arrangements[run, source] = found
         return found
 
@@ -96,6 +110,24 @@ class Stream:
             source, sequence = segment.sequence(first + number)
             found.append(Reference(run, source, past(self.skipped.get((run, source), ()), sequence)))
         return found
+
+    def sequences(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As references, of many, and of places beyond the step's batch too: (source, its sequence) of each, int64.
+
+        What stands at those places are the next steps' sequences, up to the segment's last.
+        """
+        segment = self.timetable.at(step)
+        sources, sequences = segment.blend.many(segment.index(step) + numbers)
+        sequences += np.array(segment.base)[sources]
+        for (run, source), skipped in self.skipped.items():
+            if run == segment.begin.run:
+                mine = np.flatnonzero(sources == source)
+                sequences[mine] = past_all(skipped, sequences[mine])
+        return sources, sequences
+
+    def tables(self) -> dict[tuple[int, int], Table]:
+        """Those of the best fits that have been made."""
+        return {key: each.table for key, each in self._arrangements.items() if isinstance(each, BestFit)}
 
     def row(self, reference: Reference) -> Row:
         return self.arrangement(reference.run, reference.source).row(reference.sequence)
