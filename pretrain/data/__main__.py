@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m pretrain.data", description="Turn text into tokens, and look at them."
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="prepare|inspect|trace|bench")
+    commands = top.add_subparsers(dest="command", required=True, metavar="prepare|merge|inspect|trace|bench")
 
     p = commands.add_parser(
         "prepare",
@@ -27,64 +27,22 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python -m pretrain.data prepare --input '/usr/lib/python3*/**/*.py' --output data/python",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument(
-        "--input",
-        action="append",
-        required=True,
-        metavar="GLOB",
-        help="files to read; may be repeated; ** crosses folders",
+    _prepare_arguments(p)
+    m = commands.add_parser(
+        "merge",
+        help="finished shards -> .bin/.idx, manifest",
+        description="Merge what `prepare --shard` made, on one machine or several, as one `prepare` would have written it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out, such as '*/tests/*'"
+    m.add_argument(
+        "--output", required=True, metavar="FOLDER", help="the --output of the shards; appears when complete"
     )
-    p.add_argument("--output", required=True, metavar="FOLDER", help="where to write; appears only when complete")
-    p.add_argument(
-        "--format",
-        default="auto",
-        choices=["auto", "text", "jsonl", "parquet"],
-        help="auto goes by the suffix of each file",
-    )
-    p.add_argument(
-        "--text-field", default="text", metavar="NAME", help="column of jsonl and parquet that holds the text"
-    )
-    p.add_argument("--vocabulary", type=int, default=4096, metavar="N", help="token ids of the tokenizer to train")
-    p.add_argument(
-        "--tokenizer", default=None, metavar="PATH", help="use this SentencePiece .model instead of training one"
-    )
-    p.add_argument(
-        "--validation",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="share of the documents to hold out, chosen by content",
-    )
-    p.add_argument(
-        "--workers",
-        type=int,
-        default=None,
-        metavar="N",
-        help="processes that encode (the output does not depend on it)",
-    )
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="fixes the split and the sample")
-    p.add_argument(
-        "--limit-bytes",
-        type=int,
-        default=None,
-        metavar="N",
-        help="stop once this much text is taken, from files in shuffled order",
-    )
-    p.add_argument("--sample-bytes", type=int, default=32_000_000, metavar="N", help="text to train the tokenizer on")
-    p.add_argument(
-        "--document-bytes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="cut longer documents at line breaks; 0 keeps them whole",
-    )
-    p.add_argument(
-        "--on-bad", default="error", choices=["error", "skip"], help="what to do with unreadable files and rows"
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace a folder that prepare wrote before")
+    m.add_argument(
+        "--parts", action="append", default=[], metavar="FOLDER",
+        help="folder of units of a shard; may be repeated; OUTPUT.parts if left out",
+    )  # fmt: skip
+    m.add_argument("--overwrite", action="store_true", help="replace a folder that prepare wrote before")
+    m.add_argument("--keep", action="store_true", help="do not remove the units")
 
     i = commands.add_parser(
         "inspect",
@@ -138,6 +96,116 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _prepare_arguments(p: argparse.ArgumentParser) -> None:
+    inputs = p.add_argument_group("input")
+    inputs.add_argument(
+        "--input", action="append", default=[], metavar="GLOB",
+        help="files to read; may be repeated; ** crosses folders",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out, such as '*/tests/*'"
+    )
+    inputs.add_argument(
+        "--dataset", action="append", default=[], metavar="NAME[:CONFIG]",
+        help="Hugging Face dataset by name, or a local folder; may be repeated",
+    )  # fmt: skip
+    inputs.add_argument("--split", default="train", metavar="NAME", help="split of the datasets")
+    inputs.add_argument("--revision", default=None, metavar="NAME", help="branch, tag or commit of the datasets")
+    inputs.add_argument("--streaming", action="store_true", help="read datasets from where they lie, without a copy")
+    inputs.add_argument(
+        "--format",
+        default="auto",
+        choices=["auto", "text", "jsonl", "parquet"],
+        help="auto goes by the suffix of each file",
+    )
+    inputs.add_argument("--text-field", default="text", metavar="NAME", help="column of rows that holds the text")
+    inputs.add_argument(
+        "--on-bad",
+        default="error",
+        choices=["error", "skip"],
+        help="what to do with unreadable files, row groups and rows",
+    )
+
+    chosen = p.add_argument_group("documents")
+    chosen.add_argument("--min-length", type=int, default=None, metavar="N", help="fewest characters of a document")
+    chosen.add_argument("--max-length", type=int, default=None, metavar="N", help="most characters of a document")
+    chosen.add_argument("--language", default=None, metavar="CODES", help="languages that stay, such as en,de")
+    chosen.add_argument(
+        "--language-field",
+        default=None,
+        metavar="NAME",
+        help="column that holds the language; else the text is looked at",
+    )
+    chosen.add_argument(
+        "--near-duplicates", type=float, nargs="?", const=0.8, default=None, metavar="SIMILARITY",
+        help="leave out documents that resemble an earlier one, from this similarity on (0.8 without a number)",
+    )  # fmt: skip
+    chosen.add_argument(
+        "--document-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cut longer documents at line breaks; 0 keeps them whole",
+    )
+    chosen.add_argument(
+        "--validation", type=float, default=0.05, metavar="SHARE",
+        help="share of the documents to hold out, chosen by content",
+    )  # fmt: skip
+    chosen.add_argument(
+        "--limit-bytes", type=int, default=None, metavar="N",
+        help="stop once this much text is taken, from files in shuffled order",
+    )  # fmt: skip
+    chosen.add_argument("--seed", type=int, default=0, metavar="N", help="fixes the split, the sample and the shuffle")
+    chosen.add_argument(
+        "--no-shuffle", dest="shuffle", action="store_false", help="keep documents in the order of the input"
+    )
+
+    words = p.add_argument_group("tokenizer")
+    words.add_argument("--vocabulary", type=int, default=4096, metavar="N", help="token ids of the tokenizer to train")
+    words.add_argument(
+        "--sample-bytes", type=int, default=32_000_000, metavar="N", help="text to train the tokenizer on"
+    )
+    words.add_argument(
+        "--no-byte-fallback",
+        dest="byte_fallback",
+        action="store_false",
+        help="rare characters become unknown, not bytes",
+    )
+    words.add_argument(
+        "--user-symbols", default=None, metavar="LIST", help="strings that are one id each: a,b,c or a file, one a line"
+    )
+    words.add_argument(
+        "--tokenizer", default=None, metavar="PATH",
+        help="use this instead of training one: a SentencePiece .model, a tokenizer.json or a folder with one",
+    )  # fmt: skip
+
+    how = p.add_argument_group("output")
+    how.add_argument("--output", required=True, metavar="FOLDER", help="where to write; appears only when complete")
+    how.add_argument("--overwrite", action="store_true", help="replace a folder that prepare wrote before")
+    how.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that encode (the output does not depend on it)",
+    )
+    how.add_argument(
+        "--shard",
+        default=None,
+        metavar="I/N",
+        help="make only this shard's units, I from 1 to N; `merge` does the rest",
+    )
+    how.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard the finished units of an earlier run instead of going on from them",
+    )
+    how.add_argument(
+        "--unit-bytes", type=int, default=None, metavar="N",
+        help="input of a unit, which is what a kill can cost; by default 1 to 32 MB",
+    )  # fmt: skip
+
+
 def _step_arguments(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--config", required=required, metavar="FILE", help="configuration of a run (with --step)")
     command.add_argument(
@@ -157,6 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from pretrain.data.report import run_prepare
 
                 run_prepare(args)
+            elif args.command == "merge":
+                from pretrain.data.report import run_merge
+
+                run_merge(args)
             elif args.command == "trace":
                 from pretrain.data.trace import run_trace
 
@@ -184,8 +256,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, UsageError, PrepareFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left behind. Run the same command to start again", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        kept = f"; {interrupt}" if interrupt.args else ". Run the same command to start again"
+        print(f"interrupted; nothing half-written was left behind{kept}", file=sys.stderr)
         return ERROR
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         sys.stderr.close()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.data.errors import DataError, UsageError
+from pretrain.data.rows import is_json_array, json_array, json_lines, parquet_rows
 
+KEPT_MESSAGES = 20
 FORMATS = ("text", "jsonl", "parquet")
 _BY_SUFFIX = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _NOT_TEXT = {
@@ -25,21 +26,32 @@ _NOT_TEXT = {
 
 @dataclass
 class Reading:
-    """How to read, and what was left out while reading."""
+    """How to read, and what was left out while reading. tag: of the document that was read last, what its row holds in
+    `tag_field`."""
 
     text_field: str = "text"
     skip_bad: bool = False
     document_bytes: int = 0
-    cache: str | None = None
+    tag_field: str | None = None
+    tag: str | None = None
     undecodable: int = 0
     skipped: list[str] = field(default_factory=list)
 
-    def bad(self, message: str, fix: str) -> None:
-        """Counts something unreadable, or raises DataError with `message` and the fix if it may not be skipped."""
+    def note_tag(self, row: dict[Any, Any]) -> None:
+        """Keeps the tag of a row that is about to be given out."""
+        found = None if self.tag_field is None else row.get(self.tag_field)
+        self.tag = found if isinstance(found, str) else None
+
+    def bad(self, message: str, fix: str, documents: int = 1) -> None:
+        """Counts something unreadable, or raises DataError with `message` and the fix if it may not be skipped.
+
+        documents: how many are lost by it, 1 if nobody knows. The first few messages are kept in `skipped`.
+        """
         if not self.skip_bad:
             raise DataError(f"{message}; {fix}")
-        self.undecodable += 1
-        self.skipped.append(message)
+        self.undecodable += documents
+        if len(self.skipped) < KEPT_MESSAGES:
+            self.skipped.append(message)
 
 
 def expand(patterns: list[str], exclude: Sequence[str] = ()) -> list[Path]:
@@ -84,17 +96,36 @@ def format_of(path: Path, chosen: str) -> str:
     return _BY_SUFFIX.get(last, "text")
 
 
-def documents(path: Path, form: str, reading: Reading) -> Iterator[str]:
-    """The documents of one file, in order, empty ones included. Raises DataError or ValueError as `reading` says."""
-    source = _text if form == "text" else _rows
-    for document in source(path, form, reading):
-        if reading.document_bytes and len(document) > reading.document_bytes // 4:
-            yield from _pieces(document, reading.document_bytes)
-        else:
-            yield document
+def documents(path: Path, form: str, reading: Reading, first: int = 0, last: int | None = None) -> Iterator[str]:
+    """The documents of one file, in order, empty ones included. first, last: only those that begin in this range of bytes
+    (jsonl, uncompressed) or row groups (parquet). Raises DataError or ValueError as `reading` says.
+    """
+    found: Iterator[str]
+    if form == "text":
+        found = _text(path, reading)
+    elif path.stat().st_size == 0:
+        found = iter(())
+    elif form == "parquet":
+        found = parquet_rows(path, reading, first, last)
+    elif is_json_array(path):
+        found = json_array(path, reading)
+    else:
+        found = json_lines(path, reading, first, last)
+    return in_pieces(found, reading)
 
 
-def _text(path: Path, form: str, reading: Reading) -> Iterator[str]:
+def in_pieces(found: Iterator[str], reading: Reading) -> Iterator[str]:
+    """The documents, long ones in pieces if `reading` says so."""
+    if not reading.document_bytes:
+        return found
+    return (piece for document in found for piece in _cut(document, reading.document_bytes))
+
+
+def _cut(document: str, limit: int) -> Iterable[str]:
+    return _pieces(document, limit) if len(document) > limit // 4 else (document,)
+
+
+def _text(path: Path, reading: Reading) -> Iterator[str]:
     # Not by datasets' "text" reader: it opens files with universal newlines, so "\\r\\n" would not survive.
     try:
         raw = path.read_bytes()
@@ -106,90 +137,6 @@ def _text(path: Path, form: str, reading: Reading) -> Iterator[str]:
         )
     except OSError as error:
         reading.bad(f"{path} cannot be read: {error.strerror}", "check its permissions, or pass `--on-bad skip`")
-
-
-def _rows(path: Path, form: str, reading: Reading) -> Iterator[str]:
-    """Rows through datasets, streaming; a JSON file that it cannot parse is read on row by row, to name or skip the
-    bad row.
-    """
-    if path.stat().st_size == 0:
-        return
-    given = 0
-    try:
-        for row in _stream(path, form, reading.cache):
-            _require_field(row, path, reading.text_field)
-            given += 1
-            text = _text_of(row.get(reading.text_field), path, given, reading)
-            if text is not None:
-                yield text
-    except (DataError, UsageError):
-        raise
-    except Exception as error:
-        if form == "jsonl" and path.suffix.lower() in _BY_SUFFIX:
-            yield from _json_rows(path, reading, given)
-            return
-        reading.bad(
-            f"{path} is not readable as {form}: {_first_line(error)}",
-            "copy the file again, correct `--format`, or pass `--on-bad skip`",
-        )
-
-
-def _stream(path: Path, form: str, cache: str | None) -> Any:
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    kind = "json" if form == "jsonl" else "parquet"
-    return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
-
-
-def _json_rows(path: Path, reading: Reading, skip: int) -> Iterator[str]:
-    offset, row = 0, 0
-    with path.open("rb") as stream:
-        for line in stream:
-            start, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
-            row += 1
-            if row <= skip:
-                continue
-            try:
-                value = json.loads(line.decode())
-                if not isinstance(value, dict):
-                    raise ValueError(f"a JSON object is expected, this is {type(value).__name__}")
-                text = value.get(reading.text_field)
-                if isinstance(text, str):
-                    text.encode()  # a lone surrogate is valid JSON but not text
-            except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                _bad_row(reading, path, row, start, f"is not UTF-8 ({error.reason})")
-            except ValueError as error:
-                _bad_row(reading, path, row, start, f"is not readable ({_first_line(error)})")
-            else:
-                text = _text_of(text, path, row, reading)
-                if text is not None:
-                    yield text
-
-
-def _bad_row(reading: Reading, path: Path, row: int, start: int, reason: str) -> None:
-    reading.bad(f"{path} row {row} (byte {start}) {reason}", "mend the row, or pass `--on-bad skip`")
-
-
-def _require_field(row: dict[str, Any], path: Path, name: str) -> None:
-    if name not in row:
-        present = ", ".join(sorted(row)) or "none"
-        raise UsageError(f"{path} has no field {name!r}; its fields are: {present}. Pass one as `--text-field`")
-
-
-def _text_of(value: Any, path: Path, row: int, reading: Reading) -> str | None:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        reading.bad(
-            f"{path} row {row}: field {reading.text_field!r} holds {type(value).__name__}, not text",
-            "pass another `--text-field`, or `--on-bad skip`",
-        )
-        return None
-    return value
 
 
 def _pieces(document: str, limit: int) -> Iterator[str]:
@@ -205,7 +152,3 @@ def _pieces(document: str, limit: int) -> Iterator[str]:
         yield raw[start:end].decode()
         start = end
     yield raw[start:].decode()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,8 +10,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow
@@ -19,12 +19,16 @@ import pyarrow.parquet
 import pytest
 
 from pretrain.data.__main__ import main
-from pretrain.data.encode import Encoded, encode_all
+from pretrain.data.encode import Work, make_all, make_unit
 from pretrain.data.errors import PrepareFailure
 from pretrain.data.manifest import read
+from pretrain.data.parts import UnitRecord
+from pretrain.data.sources import Reading
+from pretrain.data.units import plan
 from tests.pretrain.data.test_store import patch, truncate, write_megatron
 
 ROOT = Path(__file__).parents[3]
+UNITS, UNIT_BYTES = 48, 200_000
 
 
 def left(folder: Path) -> list[str]:
@@ -132,36 +136,44 @@ def test_unwritable_place(inputs: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "writing /proc/none/out failed" in capsys.readouterr().err
 
 
-def start_long_run(tmp_path: Path, model: Path, wait_for: str = "train.bin") -> tuple[subprocess.Popen[str], Path]:
-    """A prepare of 64 MB on two workers, and its temporary folder once `wait_for` in it has content."""
-    line = "".join(f"value_{i} = compute(value_{i - 1}, {i * 7919})\n" for i in range(20_000))
-    for i in range(64):
+def start_long_run(tmp_path: Path, model: Path, wait_for: str) -> subprocess.Popen[str]:
+    """A prepare of 9 MB, 48 units, on two workers, once `wait_for` is in its folder of units."""
+    line = "".join(f"value_{i} = compute(value_{i - 1}, {i * 7919})\n" for i in range(UNIT_BYTES // 50))
+    for i in range(UNITS):
         (tmp_path / f"big{i}.txt").write_text(f"# {i}\n{line}")
     words = ["prepare", "--input", f"{tmp_path}/big*.txt", "--output", str(tmp_path / "out" / "corpus")]
-    words += ["--workers", "2", "--tokenizer", str(model)]
+    words += ["--workers", "2", "--tokenizer", str(model), "--unit-bytes", str(UNIT_BYTES)]
     run = subprocess.Popen(
         [sys.executable, "-m", "pretrain.data", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        found = list((tmp_path / "out").glob(f".corpus.*.partial/{wait_for}"))
-        if found and found[0].stat().st_size:
-            return run, found[0].parent
+        if list((tmp_path / "out" / "corpus.parts").glob(wait_for)):
+            return run
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.02)
     raise AssertionError("nothing was written in 120 s")
 
 
-@pytest.mark.parametrize(("wait_for", "signum"), [("train.bin", signal.SIGINT), ("tokenizer.model", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("wait_for", "signum"), [(f"units/{'?' * 16}/record.json", signal.SIGINT), ("tokenizer.model", signal.SIGTERM)]
+)
 def test_interrupted(prepared: Path, tmp_path: Path, wait_for: str, signum: int) -> None:
-    # Ctrl-C goes to the workers too; a scheduler's SIGTERM to the parent alone, here while it is still importing.
-    run, _ = start_long_run(tmp_path, prepared / "tokenizer.model", wait_for)
+    # Ctrl-C goes to the workers too; a scheduler's SIGTERM to the parent alone, here before a unit is finished.
+    run = start_long_run(tmp_path, prepared / "tokenizer.model", wait_for)
     os.killpg(run.pid, signum) if signum == signal.SIGINT else run.terminate()
     _, error = run.communicate(timeout=60)
     assert run.returncode == 1
-    assert error.strip().splitlines()[-1].startswith("interrupted; nothing half-written was left behind")
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("interrupted; nothing half-written was left behind")
     assert "Traceback" not in error
-    assert left(tmp_path / "out") == []
+    kept = list((tmp_path / "out").glob("corpus.parts/units/*"))
+    assert all((unit / "record.json").is_file() for unit in kept)
+    if signum == signal.SIGINT:
+        assert kept
+        assert f" of {UNITS} units are finished and kept in" in last
+    else:
+        assert left(tmp_path / "out") in ([], ["corpus.parts"])
 
 
 def test_an_interrupt_that_python_drops_is_not_lost(
@@ -171,45 +183,62 @@ def test_an_interrupt_that_python_drops_is_not_lost(
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGINT)  # raised in here, KeyboardInterrupt is printed and forgotten
 
-    def encode(*arguments: object) -> Iterator[Encoded]:
-        for encoded in encode_all(*arguments):
-            Destroyed()
-            yield encoded
+    def make(*arguments: Any) -> UnitRecord:
+        Destroyed()
+        return make_unit(*arguments)
 
     words = ["prepare", "--input", f"{inputs}/a.txt", "--output", str(tmp_path / "out"), "--workers", "1"]
     words += ["--tokenizer", str(prepared / "tokenizer.model"), "--validation", "0"]
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
-    monkeypatch.setattr("pretrain.data.prepare.encode_all", encode)
+    monkeypatch.setattr("pretrain.data.encode.make_unit", make)
     assert main(words) == 1
     assert left(tmp_path) == ["in"]
 
 
-def test_a_killed_worker(prepared: Path) -> None:
+def test_a_killed_worker(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " + "x = 1\n" * 500}) for i in range(3000)))
+    units = plan([(tmp_path / "a.jsonl", "jsonl", (tmp_path / "a.jsonl").stat().st_size)], (), 200_000)
+    assert len(units) > 40
     me = psutil.Process()
     before = set(me.children())
-    results = encode_all((["x = 1\n" * 1000] for _ in range(10_000)), prepared / "tokenizer.model", 2)
+    results = make_all(units, Work(tmp_path / "parts", Reading(), 0, 0.0), prepared / "tokenizer.model", 2)
     next(results)
     next(child for child in me.children() if child not in before and "spawn_main" in str(child.cmdline())).kill()
     with pytest.raises(PrepareFailure, match="a worker process was killed, most likely for want of memory; pass fewer"):
         list(results)
 
 
-def test_killed_outright(prepared: Path, tmp_path: Path) -> None:
-    run, partial = start_long_run(tmp_path, prepared / "tokenizer.model")
-    workers = psutil.Process(run.pid).children(recursive=True)
-    run.kill()
-    run.communicate(timeout=60)
+def test_killed_outright_and_run_again(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = start_long_run(tmp_path, prepared / "tokenizer.model", f"units/{'?' * 16}/record.json")
+    workers = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.communicate(timeout=60)
     gone, alive = psutil.wait_procs(workers, timeout=30)
     assert len(gone) >= 2
     assert not alive  # no worker waits for a parent that is dead
-    assert partial.is_dir()
-    assert not (tmp_path / "out" / "corpus").exists()
-    # The next run tidies up what the killed one could not.
-    (tmp_path / "small.txt").write_text("x = 1\n")
-    words = ["prepare", "--input", f"{tmp_path}/small.txt", "--output", str(tmp_path / "out" / "corpus")]
-    assert main([*words, "--tokenizer", str(prepared / "tokenizer.model"), "--validation", "0", "--workers", "1"]) == 0
+    assert left(tmp_path / "out") == ["corpus.parts"]
+    units = tmp_path / "out" / "corpus.parts" / "units"
+    times = {
+        path.parent.name: path.stat().st_mtime_ns for path in units.glob("*/record.json") if path.parent.suffix == ""
+    }
+    assert 1 <= len(times) < UNITS
+    (units / "0123456789abcdef.x.partial").mkdir()  # of a unit of another shard, perhaps still at work
+
+    words = ["prepare", "--input", f"{tmp_path}/big*.txt", "--unit-bytes", str(UNIT_BYTES)]
+    words += ["--tokenizer", str(prepared / "tokenizer.model"), "--workers", "1"]
+    assert main([*words, "--output", str(tmp_path / "out" / "corpus"), "--shard", "1/1"]) == 0
+    assert f"{UNITS} units: {UNITS - len(times)} made, {len(times)} found finished" in capsys.readouterr().out
+    again = {path.parent.name: path.stat().st_mtime_ns for path in units.glob("*/record.json")}
+    assert len(again) == UNITS
+    assert {name: again[name] for name in times} == times
+    assert main(["merge", "--output", str(tmp_path / "out" / "corpus")]) == 0
     assert left(tmp_path / "out") == ["corpus"]
-    assert read(tmp_path / "out" / "corpus").splits["train"].documents == 1
+
+    assert main([*words, "--output", str(tmp_path / "whole")]) == 0
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out/corpus")
+    )
+    assert one == other
 
 
 def test_prepare_prints_counts_and_the_next_command(
