@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pretrain.data.config import DataConfig, SourceConfig
@@ -11,6 +11,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.stages import stages_of
 from pretrain.data.store import Corpus
 from pretrain.data.streaming import TextSource, open_text, tokenizer_for
+from pretrain.data.streaming_loader import StreamingLoader
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.tokenizer_check import same_tokenizer
 
@@ -91,7 +92,9 @@ def loader_of(
     **options: Any,
 ) -> Loader:
     """The loader that a configuration describes. options: of Loader, on how it reads. Raises ValueError."""
-    return Loader(
+    text = any(isinstance(corpus, TextSource) for corpus in corpora)
+    make: Callable[..., Loader] = StreamingLoader if text else Loader
+    return make(
         corpora,
         stages=stages_of(data, batch, micro_batch),
         seed=data.seed,

@@ -59,6 +59,7 @@ class Window:
     begins: np.ndarray
     pieces: tuple[Piece, ...]
     after: Position
+    lane: int
     bad: int = 0
 
     @property
@@ -123,7 +124,7 @@ class Lane:
             if taken > length:
                 break
         self._advance(length)
-        return Window(ids, np.array(begins, np.int64), tuple(pieces), self.position, bad)
+        return Window(ids, np.array(begins, np.int64), tuple(pieces), self.position, self.lane, bad)
 
     def _advance(self, length: int) -> None:
         self._have -= length

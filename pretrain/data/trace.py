@@ -13,6 +13,9 @@ from pretrain.data.loader import Loader
 from pretrain.data.opening import loader_of, open_sources, sources_of
 from pretrain.data.packing import Row
 from pretrain.data.stream import Reference
+from pretrain.data.streaming import TextSource
+from pretrain.data.streaming_lane import Window
+from pretrain.data.streaming_loader import StreamingLoader
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -26,15 +29,17 @@ class Seen:
     micro_batch: int
     place: int
     reference: Reference
-    row: Row
+    row: Row | Window
 
 
 def seen(loader: Loader, step: int, ranks: int) -> Iterator[Seen]:
     """All sequences of a step, rank by rank in the order in which each computes them."""
+    streamed = loader.windows(step) if isinstance(loader, StreamingLoader) else {}
     for rank in range(ranks):
         for number, references in enumerate(loader.references(step, rank, ranks)):
             for place, reference in enumerate(references):
-                yield Seen(rank, number, place, reference, loader.stream.row(reference))
+                row = streamed.get(reference) or loader.stream.row(reference)
+                yield Seen(rank, number, place, reference, row)
 
 
 def loader_at(config: RunConfig, step: int, ranks: int) -> tuple[Loader, str]:
@@ -77,14 +82,41 @@ def _asked(args: argparse.Namespace) -> tuple[RunConfig, Loader, int, str]:
 def describe(loader: Loader, found: Seen, names: list[str]) -> str:
     """One line: rank, micro-batch and place; source, epoch and number of the sequence; documents with their tokens."""
     reference, row = found.reference, found.row
-    epoch, number = divmod(
-        reference.sequence, loader.stream.arrangement(reference.run, reference.source).windows_per_epoch
-    )
+    head = f"rank {found.rank} micro-batch {found.micro_batch} sequence {found.place}: {names[reference.source]}"
+    if isinstance(row, Window):
+        text = _streamed(loader, reference)
+        spans = ", ".join(f"{text.units.where(p.unit, p.at)} [{p.start}, {p.start + p.length})" for p in row.pieces)
+        return f"{head} lane {row.lane} number {row.number}: {spans}"
+    windows = loader.stream.arrangement(reference.run, reference.source).windows_per_epoch
+    epoch, number = divmod(reference.sequence, windows)
     spans = ", ".join(f"document {p.document} [{p.start}, {p.start + p.length})" for p in row.pieces)
     length = next(s.sequence_length for s in loader.stream.stages if s.run == reference.run)
     rest = f"; {length - row.inputs} of padding" if row.inputs < length else ""
-    where = f"rank {found.rank} micro-batch {found.micro_batch} sequence {found.place}"
-    return f"{where}: {names[reference.source]} epoch {epoch} number {number}: {spans}{rest}"
+    return f"{head} epoch {epoch} number {number}: {spans}{rest}"
+
+
+def _streamed(loader: Loader, reference: Reference) -> TextSource:
+    assert isinstance(loader, StreamingLoader)
+    return loader.texts.sources[reference.source]
+
+
+def parts(loader: Loader, found: Seen) -> Iterator[tuple[str, int, int, list[int]]]:
+    """The documents of a sequence: the name, where in it the piece begins, the document's size, and the piece's tokens."""
+    if isinstance(found.row, Window):
+        text, at = _streamed(loader, found.reference), 0
+        for part in found.row.pieces:
+            yield (
+                text.units.where(part.unit, part.at),
+                part.start,
+                part.size,
+                found.row.ids[at:][: part.length].tolist(),
+            )
+            at += part.length
+        return
+    corpus = loader.corpora[found.reference.source]
+    for piece in found.row.pieces:
+        ids = corpus.read(piece.document, piece.start, piece.length).tolist()
+        yield f"document {piece.document}", piece.start, int(corpus.lengths[piece.document]), ids
 
 
 def run_trace(args: argparse.Namespace) -> None:
@@ -111,14 +143,12 @@ def run_inspect_step(args: argparse.Namespace) -> None:
         if args.rank is not None and found.rank != args.rank:
             continue
         console.print(f"\n{describe(loader, found, names)}", style="bold", markup=False)
-        source = found.reference.source
-        corpus, tokenizer = loader.corpora[source], tokenizers[source]
-        for piece in found.row.pieces:
-            size, end = int(corpus.lengths[piece.document]), piece.start + piece.length
-            begins, ends = "begins" if piece.start == 0 else "goes on", "ends" if end == size else "is cut"
-            head = f"--- document {piece.document} {begins}: tokens {piece.start} to {end} of {size}, {ends} ---"
+        tokenizer = tokenizers[found.reference.source]
+        for name, start, size, ids in parts(loader, found):
+            end = start + len(ids)
+            begins, ends = "begins" if start == 0 else "goes on", "ends" if end == size else "is cut"
+            head = f"--- {name} {begins}: tokens {start} to {end} of {size}, {ends} ---"
             console.print(head, style="cyan", markup=False)
-            ids = corpus.read(piece.document, piece.start, piece.length).tolist()
             console.print(Text(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))))
 
 
