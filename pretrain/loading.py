@@ -13,7 +13,8 @@ from pretrain.checkpoint import folder as on_disk
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.interop.source import model_section
 from pretrain.config import RunConfig
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.errors import DataError
+from pretrain.data.tokenizer import Tokenizer, find
 from pretrain.exit import NO_CHECKPOINT, USAGE, Exit
 from pretrain.model.decoder import Decoder
 from pretrain.train.save import FOLDER
@@ -76,6 +77,7 @@ def open_checkpoint(
                 raise
             print(f"skipping checkpoint {checkpoint.path}: {error}", file=sys.stderr)
     tokenizer = Tokenizer(_tokenizer(checkpoint.path.parent.parent, config))
+    _check(tokenizer, checkpoint)
     return Opened(model.eval(), tokenizer, config, checkpoint.path, checkpoint.step)
 
 
@@ -114,7 +116,18 @@ def _config(checkpoint: on_disk.Entry) -> RunConfig:
 
 def _tokenizer(run: Path, config: RunConfig) -> Path:
     """The run keeps its own copy of the tokenizer, so that a model can be used where the data is not."""
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (run / name).exists():
-            return run / name
+    if any((run / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        return find(run)
     return config.data.tokenizer or config.data.path / "tokenizer.model"
+
+
+def _check(tokenizer: Tokenizer, checkpoint: on_disk.Entry) -> None:
+    """Raises DataError if the model was trained with another tokenizer, or with this one before it was damaged."""
+    trained = checkpoint.record["meta"].get("tokenizer")
+    found = None if trained is None else tokenizer.fingerprint
+    if found != trained:
+        raise DataError(
+            f"{tokenizer.path} (xxh3_128 {found}) is not the tokenizer that {checkpoint.path} was trained with ({trained}), so "
+            "the model's ids mean other text: copy the tokenizer of the data that it was trained on to "
+            f"{checkpoint.path.parent.parent / 'tokenizer.model'}"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.data.loader import Loader
 from pretrain.data.opening import loader_of, open_sources, open_validation
 from pretrain.data.store import Corpus
+from pretrain.data.tokenizer import install
 from pretrain.model.decoder import Decoder
 from pretrain.model.stage import Stage, Stages
 from pretrain.train import heartbeat, layout
@@ -198,4 +198,4 @@ def _write_config(config: RunConfig, corpus: Corpus) -> None:
     temporary.write_text(configuration.dump(config))
     temporary.replace(config.run / "config.yaml")
     if corpus.tokenizer_path is not None:  # so that the model can be used where the data is not
-        shutil.copyfile(corpus.tokenizer_path, config.run / "tokenizer.model")
+        install(corpus.tokenizer_path, config.run)

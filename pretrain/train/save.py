@@ -17,6 +17,7 @@ from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.checkpoint.near.tier import Tier
 from pretrain.data.config import DataConfig
 from pretrain.data.loader import Loader
+from pretrain.data.tokenizer_check import hash_of
 from pretrain.train import heartbeat
 from pretrain.train.callback import Callback, Run
 from pretrain.train.faults.state import FaultState
@@ -120,6 +121,7 @@ def content(run: Run, loader: Loader) -> dict[str, Any]:
         "step": run.step,
         "tokens": run.tokens,
         "data": loader.state_dict(),
+        "tokenizer": hash_of(loader.corpora),
         "faults": run.faults.to_meta(),
         "config": run.config.model_dump(mode="json"),
         # What the model computes with from here on, where that is no longer what its configuration says.
@@ -161,16 +163,23 @@ def _check(run: Run, loader: Loader, meta: dict[str, Any]) -> None:
 
 
 def _identities(run: Run, meta: dict[str, Any], loader: Loader) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The saved and the present configuration, each with the hash of its corpus: the folder may move, the text may not."""
+    """The saved and the present configuration, each with the hash of its corpus: the folder may move, the text may not.
+
+    And with the tokenizer's: the same ids, read as other text, would not be missed.
+    """
     current = run.config.model_dump(mode="json")
     # Settings that the saved configuration does not know have done what their defaults do.
     data = DataConfig.model_validate(meta["config"]["data"]).model_dump(mode="json")
     saved = {**meta["config"], "data": data}
-    return _with_hash(saved, meta["data"]["corpus"]), _with_hash(current, loader.fingerprint)
+    before, now = {"hash": meta["data"]["corpus"]}, {"hash": loader.fingerprint}
+    old, new = meta.get("tokenizer"), hash_of(loader.corpora)
+    if old is not None and new is not None:  # a bare pair need not know its own, an older checkpoint does not
+        before["tokenizer_hash"], now["tokenizer_hash"] = old, new
+    return _with(saved, before), _with(current, now)
 
 
-def _with_hash(config: dict[str, Any], corpus: str) -> dict[str, Any]:
-    return {**config, "data": {**config["data"], "hash": corpus}}
+def _with(config: dict[str, Any], hashes: dict[str, str]) -> dict[str, Any]:
+    return {**config, "data": {**config["data"], **hashes}}
 
 
 def _data_state(meta: dict[str, Any], loader: Loader, run: Run) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from pretrain.checkpoint.interop.shards import Shards
 from pretrain.checkpoint.interop.theirs import Theirs
 from pretrain.checkpoint.interop.weights import Absent, Group
 from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.data.tokenizer import find as tokenizer_of
+from pretrain.data.tokenizer import fingerprint
 from pretrain.model.decoder import Decoder, DecoderConfig
 
 CHECKPOINTS = "checkpoints"
@@ -66,10 +68,13 @@ def intake(source: Path, out: Path) -> Imported:
         meta: dict[str, Any] = {"step": 0, "tokens": 0, "config": section, "origin": form.name}
         length = theirs.get("max_position_embeddings", "model_max_length")
         meta |= {} if length is None else {"context": length}
+        carried = vocabulary.intake(source, fresh)
+        if not carried:
+            meta["tokenizer"] = fingerprint(tokenizer_of(fresh))
         saved = Checkpoints(fresh / CHECKPOINTS, keep=None).save(0, _tensors(files, chosen, own), meta)
         # As in configs/models/, so that a run file can say `model: FOLDER/config.yaml`.
         (fresh / "config.yaml").write_text(yaml.safe_dump(section, sort_keys=False, width=120))
-        notes += vocabulary.intake(source, fresh)
+        notes += carried
         if out.exists():
             out.rmdir()
         fresh.rename(out)
