@@ -6,8 +6,10 @@ from kernels.delta_rule import delta_rule
 from kernels.experts import experts
 from kernels.gated_linear_attention import gated_linear_attention
 from kernels.norm import gated_rms_norm, l2_norm, rms_norm
+from kernels.rotary import rotary
 from kernels.short_conv import short_convolution
 from kernels.state_space import selective_scan
+from kernels.swiglu import swiglu
 
 __all__ = [
     "attention",
@@ -18,6 +20,8 @@ __all__ = [
     "l2_norm",
     "linear_cross_entropy",
     "rms_norm",
+    "rotary",
     "selective_scan",
     "short_convolution",
+    "swiglu",
 ]

@@ -154,6 +154,31 @@ def _norm(function: str, D: int, dtype: torch.dtype, rows: int = 512, norm_first
     return Case("norm", f"{function} D{D} {SHORT[dtype]}{order}", run)
 
 
+def _swiglu(H: int, dtype: torch.dtype, rows: int = 512) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.swiglu import swiglu
+
+        x = leaf(rows, 2 * H, dtype=dtype)
+        return [swiglu(x)], [x]
+
+    return Case("swiglu", f"H{H} {SHORT[dtype]}", run)
+
+
+def _rotary(
+    K: int, R: int, dtype: torch.dtype, *, interleaved: bool = False, packed: bool = False, H: int = 8, T: int = 256
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.rotary import rotary
+
+        x = leaf(2, T, H, K, dtype=dtype)
+        angles = torch.zeros(T, R // 2) if packed else torch.zeros(2, T, 1, R // 2)
+        positions = torch.zeros(2, T, dtype=torch.int64) if packed else None
+        return [rotary(x, angles, angles.clone(), positions=positions, interleaved=interleaved)], [x]
+
+    words = [f"K{K}", f"R{R}", SHORT[dtype], "interleaved" if interleaved else "halves"]
+    return Case("rotary", " ".join(words + ["packed"] * packed + [f"H{H}"] * (H != 8)), run)
+
+
 def cases(op: str) -> list[Case]:
     """The calls that must compile for `op`, a folder of kernels/. Empty for an operator this file does not know."""
     if op == "delta_rule":
@@ -199,5 +224,17 @@ def cases(op: str) -> list[Case]:
             *(_norm("l2_norm", D, BF16) for D in (64, 128)),
             *(_norm("gated_rms_norm", D, BF16, norm_first=first) for D in (128, 2048) for first in (True, False)),
             _norm("rms_norm", 1000, BF16, rows=250),
+        ]
+    if op == "swiglu":
+        return [
+            *(_swiglu(H, dtype) for H in (1408, 8192) for dtype in (BF16, FP32)),
+            _swiglu(1001, BF16, rows=250),
+        ]
+    if op == "rotary":
+        return [
+            *(_rotary(128, 128, dtype, interleaved=pairs) for dtype in (BF16, FP32) for pairs in (False, True)),
+            *(_rotary(256, 64, BF16, interleaved=pairs) for pairs in (False, True)),
+            *(_rotary(64, 64, BF16, interleaved=pairs, packed=True) for pairs in (False, True)),
+            _rotary(80, 20, BF16, H=3, T=250),
         ]
     return []
