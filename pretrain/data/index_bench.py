@@ -1,8 +1,8 @@
 """How long it takes to build and to open the index of a large corpus, and how much memory.
 
 `python -m pretrain.data bench index`: writes the `.idx` of documents of random lengths, beside a `.bin` that is all
-holes and so takes no space, opens the pair as training would, and finds tokens in it. megatron-core's builder and reader are
-measured too, on fewer documents, because what they keep grows with them.
+holes and so takes no space, opens the pair as training would, finds tokens in it and reads a step. megatron-core's
+builder is measured too, on fewer documents, because what it keeps grows with them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain.data.errors import UsageError
+from pretrain.data.loader import Loader
 from pretrain.data.megatron import indexed_dataset
 from pretrain.data.store import Corpus
 from pretrain.data.writer import IndexWriter
@@ -60,6 +62,13 @@ def build(prefix: Path, documents: int, lengths: np.ndarray) -> int:
     return index.tokens
 
 
+def _first_step(corpus: Corpus, length: int) -> None:
+    loader = Loader(corpus, sequence_length=length, global_batch=16, micro_batch=16, seed=0)
+    (batch,) = loader.batches(0)
+    assert batch.tokens.numel() == 16 * length
+    loader.close()
+
+
 def build_with_peer(prefix: Path, documents: int, lengths: np.ndarray) -> None:
     """The same by megatron-core's builder, without the tokens."""
     builder = indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
@@ -89,6 +98,8 @@ def run_bench(args: argparse.Namespace) -> None:
         taken = (time.perf_counter() - begin) / len(found)
         assert all(corpus.starts[i] <= place < corpus.starts[i + 1] for i, place in zip(found, chance))
         print(f"{'a token found, at random':34}{1e6 * taken:9.1f} us")
+        _, seconds, grown = measured(partial(_first_step, corpus, min(4096, tokens // 32)))
+        _print("a loader's first step", seconds, grown, args.documents)
         del corpus
         if args.peer:
             indexed_dataset()
