@@ -14,16 +14,14 @@ import numpy as np
 import xxhash
 
 from pretrain.data.errors import DataError, UsageError
+from pretrain.data.pieces import SPACE, Pieces
 from pretrain.data.seal import sealed
 
-# SentencePiece writes a space as U+2581 inside its pieces and cannot tell it from a U+2581 in the text.
-SPACE = "\u2581"
-_SPACE_BYTES = SPACE.encode()
 SETTINGS = "tokenizer_config.json"
 
 
 def is_json(path: Path) -> bool:
-    """Whether a tokenizer file is a tokenizer.json, whatever it is called. A .model file begins with a byte 10."""
+    """Whether a tokenizer file is a tokenizer.json, whatever it is called. A .model file begins with the number of a field."""
     with path.open("rb") as file:
         return file.read(64).lstrip()[:1] == b"{"
 
@@ -40,7 +38,7 @@ def find(path: str | Path) -> Path:
     model, written = path / "tokenizer.model", path / "tokenizer.json"
     if model.is_file() and written.is_file() and not is_json(model):
         try:
-            return written if _Json(written).size > _Pieces(model).size else model
+            return written if _Json(written).size > Pieces(model).size else model
         except DataError:
             if sealed(model.read_bytes()) is not None:
                 raise
@@ -99,7 +97,7 @@ class Tokenizer:
 
     @cached_property
     def _words(self) -> _Words:
-        return _Json(self.path) if is_json(self.path) else _Pieces(self.path)
+        return _Json(self.path) if is_json(self.path) else Pieces(self.path)
 
     @property
     def fingerprint(self) -> str:
@@ -159,72 +157,6 @@ class _Words(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def piece(self, token: int) -> str: ...
-
-
-class _Pieces:
-    """SentencePiece."""
-
-    def __init__(self, path: Path) -> None:
-        import sentencepiece
-
-        self._processor = sentencepiece.SentencePieceProcessor()
-        raw = path.read_bytes()
-        if sealed(raw) is False:
-            raise DataError(
-                f"{path} is damaged: it does not fit the hash at its end; copy it again from the corpus or run that it came with"
-            )
-        try:
-            self._processor.LoadFromSerializedProto(raw)
-            for i in range(self._processor.vocab_size()):
-                self._processor.id_to_piece(i)  # damage may leave what is not UTF-8
-        except (RuntimeError, OSError, ValueError) as error:
-            raise DataError(
-                f"{path} is not a SentencePiece model ({error}); give a .model file or a tokenizer.json, or let `prepare` "
-                "train one"
-            ) from None
-        self.size = int(self._processor.vocab_size())
-        self.bos, self.eos = (
-            found if found >= 0 else None for found in (self._processor.bos_id(), self._processor.eos_id())
-        )
-
-    @cached_property
-    def _space_ids(self) -> list[int]:
-        """Ids that spell U+2581 byte by byte; empty if the model has no byte pieces or adds a space to each text."""
-        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_BYTES]
-        prefixed = int(self.bytes_of_ids()[self._processor.encode("x")].sum()) != 1
-        return ids if all(self._processor.is_byte(i) for i in ids) and not prefixed else []
-
-    def bytes_of_ids(self) -> np.ndarray:
-        processor = self._processor
-        table = np.zeros(self.size, np.int32)
-        for i in range(self.size):
-            if processor.is_byte(i):
-                table[i] = 1
-            elif not (processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)):
-                table[i] = len(processor.id_to_piece(i).replace(SPACE, " ").encode())
-        return table
-
-    def encode(self, text: str) -> list[int]:
-        found: list[int]
-        if SPACE not in text or not self._space_ids:
-            found = self._processor.encode(text)
-            return found
-        found = []
-        for number, part in enumerate(text.split(SPACE)):
-            if number:
-                found += self._space_ids
-            found += self._processor.encode(part)
-        return found
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._processor.decode(ids)
-        return text
-
-    def piece(self, token: int) -> str:
-        name = str(self._processor.id_to_piece(token))
-        if self._processor.is_control(token) or self._processor.is_byte(token) or self._processor.is_unknown(token):
-            return name
-        return repr(name.replace(SPACE, " "))
 
 
 class _Json:

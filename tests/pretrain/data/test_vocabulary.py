@@ -218,3 +218,36 @@ def test_damage_in_a_model_without_a_seal(models: dict[str, Path], tmp_path: Pat
             assert "t.model is not a SentencePiece model" in str(error)
             refused += 1
     assert 20 < refused < 180
+
+
+def test_long_texts_are_cut_where_no_piece_reaches_across(texts: list[str], tmp_path: Path) -> None:
+    import sentencepiece
+
+    symbols = ("call me", "  two spaces  in it", "é é", "<|x|>")
+    train(texts, 500, tmp_path / "t.model", user_symbols=symbols)
+    tokenizer, library = (
+        Tokenizer(tmp_path / "t.model"),
+        sentencepiece.SentencePieceProcessor(str(tmp_path / "t.model")),
+    )
+    draw = random.Random(0)
+    parts = [
+        *symbols,
+        *" \n\t",
+        "    ",
+        "\n    ",
+        "\n        ",
+        "def",
+        "self.",
+        "call",
+        "é",
+        "漢",
+        "🎉",
+        "x = 1",
+        "\0",
+        " a",
+    ]
+    made = ["".join(draw.choices(parts, k=6000)) for _ in range(5)]
+    for text in [*made, *texts, "x" * 9000, " " * 9000, "a " * 5000, "漢字" * 3000]:
+        assert tokenizer.encode(text) == library.encode(text)
+    for text in (text.replace("def", "\u2581def") for text in made):  # which the library would read as a space
+        assert tokenizer.decode(tokenizer.encode(text)) == text
