@@ -23,6 +23,7 @@ from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
 from pretrain.optim.adamw import AdamWConfig
 from pretrain.optim.schedules import CosineConfig, ScheduleConfig
+from pretrain.profiling.config import ProfileConfig
 from pretrain.train.faults.config import FaultsConfig
 from pretrain.watch.config import WatchdogConfig
 
@@ -99,6 +100,8 @@ class RunConfig(Strict):
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    profile: ProfileConfig | None = None
+    """Where the time and the memory of some steps go; null for none. `profile: {}` for steps 10 to 12."""
     hardware: Path | None = None
     """A file of configs/hardware/ with the chip's nominal speed, for MFU; found by the device's name when left out."""
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from parallel.ranges import named
+
 
 class MicroBatch(Protocol):
     """One packed row: tokens and targets int64 [1, T] (-100: no target), cu_seqlens int32 [N + 1]."""
@@ -53,9 +55,10 @@ class Engine(ABC):
         total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
         for index, whole in enumerate(batches):
             batch = self.cut(whole)
-            with context():
+            with context(), named("forward"):
                 loss = self(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens) / denominator
-            self.backward(loss, last=index == len(batches) - 1)
+            with named("backward"):
+                self.backward(loss, last=index == len(batches) - 1)
             total += loss.detach()
         return total
 

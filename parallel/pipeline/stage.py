@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from parallel.pipeline.deferred import WeightGradients
+from parallel.ranges import named
 
 
 class MicroBatch(Protocol):
@@ -72,7 +73,8 @@ class Stage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._batch = self.batches[fwd_chunk_id]
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with named("forward"):
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self._forget(self.args_recv_info[fwd_chunk_id])  # the graph has the tensors
         self.output_chunks.clear()  # losses, whose graphs would outlive their backward passes here
         return output
@@ -81,8 +83,13 @@ class Stage(PipelineStage):
         return call(self.submod, received, self._batch, self.context)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        with named("backward"):
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._forget(self.grad_recv_info[bwd_chunk_id])
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        with named("backward"):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_memory():

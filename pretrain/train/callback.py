@@ -45,6 +45,9 @@ class Run:
 class Callback:
     """Hooks are called on every rank, in the same order, so that a callback may communicate."""
 
+    phase = "log"
+    """What a profile calls the time of `on_step`."""
+
     def on_start(self, run: Run) -> None:
         """Before the first step, after a checkpoint was loaded."""
 

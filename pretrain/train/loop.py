@@ -11,6 +11,7 @@ import torch
 
 from parallel import processes
 from parallel.processes import Processes
+from parallel.ranges import named
 from pretrain.checkpoint.agreement import Agreement
 from pretrain.checkpoint.lease import Lease
 from pretrain.config import RunConfig
@@ -19,6 +20,7 @@ from pretrain.estimate import flops, hardware
 from pretrain.exit import FINISHED, PREEMPTED
 from pretrain.model.decoder import Decoder
 from pretrain.model.files import count, empty
+from pretrain.profiling.record import profiler
 from pretrain.train import heartbeat, layout, stages
 from pretrain.train.balance import Balance
 from pretrain.train.build import Assembled, assemble, or_usage
@@ -85,6 +87,7 @@ class Loop:
             self.near,
             self.save,
             LossCurve(),
+            *profiler(config),  # last: what it measures includes the others
         ]
         self.whole = empty(config.model)  # for counting: this rank may hold a part of the model only
         self.sharers = parts.mesh.grid.world // parts.mesh.dp_size  # ranks that compute one batch together
@@ -111,7 +114,8 @@ class Loop:
         run, config = self.run, self.run.config
         heartbeat.phase("step", run.step + 1)
         start = time.perf_counter()
-        batches = self.parts.loader.batches(run.step)
+        with named("data"):
+            batches = self.parts.loader.batches(run.step)
         lr = config.optimizer.lr * config.schedule.factor(run.step, config.train.steps)
         result = train_step(
             run.engine, batches, lr, run.processes, config.train.precision, self.guard, self.flag(), self.parts.mesh
@@ -146,7 +150,8 @@ class Loop:
         if self.replica_check.went_back(saving=self.save.due(run) or self.near.due(run)):
             return
         for callback in self.callbacks:
-            callback.on_step(run)
+            with named(callback.phase):
+                callback.on_step(run)
 
     def _rolled_back(self, result: StepResult) -> bool:
         """Goes back from the step that was just computed and not made; False where there is no checkpoint to go to."""

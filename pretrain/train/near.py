@@ -51,6 +51,8 @@ def open_tier(config: RunConfig, job: Processes, mesh: Mesh, checkpoints: Checkp
 class Near(Callback):
     """Training is held while the state is copied, and no longer. A save that falls due while one is under way is skipped."""
 
+    phase = "checkpoint"
+
     def __init__(self, tier: Tier | None, checkpoints: Checkpoints, loader: Loader, progress: Progress):
         self.tier, self.checkpoints, self.loader, self.progress = tier, checkpoints, loader, progress
         self.snapshots = Snapshots()
@@ -77,10 +79,13 @@ class Near(Callback):
         return not run.last and run.step % self.tier.config.every == 0
 
     def on_step(self, run: Run) -> None:
-        if not self.due(run) or self.broken:
+        if not self.due(run):
+            return
+        start = time.perf_counter()
+        meta = content(run, self.loader)  # collective where text is streamed, so also by a rank whose saves have ended
+        if self.broken:
             return
         assert self.tier is not None and self.thread is not None
-        start = time.perf_counter()
         state = run.engine.state_tensors()  # collective, so also by a rank that is busy
         copy, unable = None, ""
         if self.free.is_set() and not self.tier.off:
@@ -92,7 +97,7 @@ class Near(Callback):
                 self.snapshots = Snapshots()  # lets go of what was already allocated
                 unable = f"no memory for a copy of the state ({describe(error)})"
         # Also without a copy: the others may have one. All have the same saves in the same order, and hear there who has none.
-        self.thread.put(partial(self._save, run.step, copy, content(run, self.loader), unable))
+        self.thread.put(partial(self._save, run.step, copy, meta, unable))
         self.rounds += 1
         self.held += time.perf_counter() - start
         if self.thread.error is not None:

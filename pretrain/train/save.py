@@ -17,6 +17,7 @@ from pretrain.checkpoint.lifecycle import Checkpoints
 from pretrain.checkpoint.near.tier import Tier
 from pretrain.data.config import DataConfig
 from pretrain.data.loader import Loader
+from pretrain.data.streaming_loader import StreamingLoader
 from pretrain.data.tokenizer_check import hash_of
 from pretrain.train import heartbeat
 from pretrain.train.callback import Callback, Run
@@ -29,6 +30,8 @@ GIVE_UP = 3  # failed saves in a row after which the run ends
 
 
 class Save(Callback):
+    phase = "checkpoint"
+
     def __init__(self, checkpoints: Checkpoints, loader: Loader, progress: Progress):
         self.checkpoints, self.loader, self.progress = checkpoints, loader, progress
         self.background = BackgroundSaver(checkpoints, self._done)
@@ -115,12 +118,13 @@ class Save(Callback):
 
 
 def content(run: Run, loader: Loader) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors."""
+    """What a checkpoint holds besides tensors. Collective where text is streamed: each rank knows where its own share stands."""
+    data = loader.whole(run.processes.gather) if isinstance(loader, StreamingLoader) else loader.state_dict()
     rope_theta = loader.stage(run.step).rope_theta
     return {
         "step": run.step,
         "tokens": run.tokens,
-        "data": loader.state_dict(),
+        "data": data,
         "tokenizer": hash_of(loader.corpora),
         "faults": run.faults.to_meta(),
         "config": run.config.model_dump(mode="json"),

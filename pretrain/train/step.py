@@ -20,6 +20,7 @@ from torch import nn
 from parallel.engines import Engine
 from parallel.mesh import Mesh
 from parallel.processes import Processes
+from parallel.ranges import named
 from pretrain.data.loader import Batch
 from pretrain.model.router import Balanced
 from pretrain.train.streams import random_state, restore_random_state
@@ -93,7 +94,8 @@ def train_step(
             fault = judge(sums[0].item(), norm)
             return fault is not None and (fault.refused or not last)
 
-        norm = engine.step(lr, veto)
+        with named("optimizer"):
+            norm = engine.step(lr, veto)
         loss, flags = sums.tolist()
         if not math.isfinite(norm):
             fault = judge(loss, norm)

@@ -24,6 +24,8 @@ ASK = 4  # batches; every rank has equally many, so all ask each other at the sa
 class Validation(Callback):
     """flag: whether this rank was told to stop. A validation that was cut short leaves no record; the next start does it."""
 
+    phase = "validation"
+
     def __init__(
         self, corpora: dict[str, Corpus], progress: Progress, mesh: Mesh, flag: Callable[[], bool] = lambda: False
     ):
