@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--steps", type=int, default=20, metavar="N", help="batches per round")
     b.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds, of which the median counts")
     b.add_argument("--index", type=int, default=1_000_000_000, metavar="N", help="tokens of the synthetic index")
-    others = b.add_subparsers(dest="bench", metavar="[index]")
+    others = b.add_subparsers(dest="bench", metavar="[index|prepare]")
     x = others.add_parser(
         "index",
         help="time and memory of building and opening an index",
@@ -93,6 +93,21 @@ def parser() -> argparse.ArgumentParser:
     x.add_argument("--mean", type=int, default=1000, metavar="N", help="tokens of a document on average")
     x.add_argument("--peer", type=int, default=1_000_000, metavar="N", help="documents for megatron-core's builder")
     x.add_argument("--folder", default=None, metavar="FOLDER", help="where to write; a temporary folder if not given")
+    y = others.add_parser(
+        "prepare",
+        help="time a preparation against the tokenizer alone",
+        description="Time the preparation of Python sources against the SentencePiece library alone, by one process and several.",
+        epilog="example: python -m pretrain.data bench prepare --processes 2",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    y.add_argument(
+        "--input", action="append", default=[], metavar="GLOB", help="text to use; Python's own sources if not given"
+    )
+    y.add_argument("--bytes", type=int, default=60_000_000, metavar="N", help="text to use at most")
+    y.add_argument("--vocabulary", type=int, default=8192, metavar="N", help="token ids of the tokenizer")
+    y.add_argument("--sample-bytes", type=int, default=4_000_000, metavar="N", help="text to train it on")
+    y.add_argument("--processes", type=int, default=2, metavar="N", help="how many several are")
+    y.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds, of which the median counts")
     return top
 
 
@@ -237,6 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from pretrain.data.index_bench import run_bench as run_index_bench
 
                 run_index_bench(args)
+            elif args.command == "bench" and args.bench == "prepare":
+                from pretrain.data.prepare_bench import run_bench as run_prepare_bench
+
+                run_prepare_bench(args)
             elif args.command == "bench":
                 from pretrain.data.bench import run_bench
 
