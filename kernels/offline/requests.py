@@ -33,6 +33,8 @@ class Case:
 
     def __call__(self) -> None:
         outputs, inputs = self.run()
+        if not inputs:  # an operator without a gradient
+            return
         # Contiguous gradients, as a model gives them: those of .sum() would have stride 0.
         torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
 
@@ -179,6 +181,15 @@ def _rotary(
     return Case("rotary", " ".join(words + ["packed"] * packed + [f"H{H}"] * (H != 8)), run)
 
 
+def _newton_schulz(B: int, m: int, n: int, dtype: torch.dtype) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.newton_schulz import newton_schulz
+
+        return [newton_schulz(torch.zeros(B, m, n, dtype=dtype))], []
+
+    return Case("newton_schulz", f"{B} of {m} x {n} {SHORT[dtype]}", run)
+
+
 def cases(op: str) -> list[Case]:
     """The calls that must compile for `op`, a folder of kernels/. Empty for an operator this file does not know."""
     if op == "delta_rule":
@@ -237,4 +248,7 @@ def cases(op: str) -> list[Case]:
             *(_rotary(64, 64, BF16, interleaved=pairs, packed=True) for pairs in (False, True)),
             _rotary(80, 20, BF16, H=3, T=250),
         ]
+    if op == "newton_schulz":
+        shapes = [(2, 1024, 4096, BF16), (1, 1024, 1024, BF16), (1, 1000, 333, BF16), (1, 256, 512, FP32)]
+        return [_newton_schulz(*shape) for shape in shapes]
     return []
