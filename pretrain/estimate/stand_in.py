@@ -486,6 +486,15 @@ def _plain(x: Tensor, *others: Any, **options: Any) -> Tensor:
     return stand(Like(tuple(x.shape), x.dtype), tensors, [True] * len(tensors))
 
 
+def _rotary(x: Tensor, *angles: Any) -> Tensor:
+    return stand(Like(tuple(x.shape), x.dtype), [x], [False])  # the angles, which all layers share, are counted once
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    *rows, width = gate_up.shape
+    return stand(Like((*rows, width // 2), gate_up.dtype), [gate_up], [True])
+
+
 class _Form:
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
@@ -500,7 +509,12 @@ def operators(notes: Notes) -> Iterator[None]:
     import pretrain.model.mixers.selective_attention as selective
 
     norm = partial(_norm, notes)
-    forms: dict[str, Any] = {"rms_norm": norm, "l2_norm": norm, "gated_rms_norm": norm, "rational": _plain}
+    forms: dict[str, Any] = {
+        **dict.fromkeys(("rms_norm", "l2_norm", "gated_rms_norm"), norm),
+        "rational": _plain,
+        "rotary": _rotary,
+        "swiglu": _swiglu,
+    }
 
     def choice(real: Any, request: Any) -> Any:
         measured = chosen(real, request)

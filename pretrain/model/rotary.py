@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from kernels import rotary
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -11,11 +12,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: fp32 [B, T, 1, R / 2]. The rotation is computed in fp32 at least and returned in x's dtype.
     """
-    half = cos.shape[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    first, second, rest = x[..., :half].to(wide), x[..., half : 2 * half].to(wide), x[..., 2 * half :]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+    return rotary(x, cos, sin)
 
 
 def rotary_channels(head_dim: int, fraction: float) -> int:

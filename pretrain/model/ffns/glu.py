@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels import swiglu
 from pretrain.model.split import Section, Split, columns, rows
 from pretrain.model.sublayer import FFN, FFNConfig, linear_flops
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "identity"]
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
     "identity": lambda gate: gate,
@@ -51,6 +51,8 @@ class GLU(FFN):
 
 def gated(gate_up: Tensor, activation: Activation) -> Tensor:
     """[..., 2F], gate first -> act(gate) * up [..., F]."""
+    if activation == "silu":
+        return swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
 
