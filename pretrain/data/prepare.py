@@ -88,8 +88,8 @@ def run(options: PrepareOptions, report: Report | None = None) -> Done:
         with parts.locked("{}-of-{}".format(*(options.shard or (1, 1)))):
             if options.restart:
                 _discard_content(parts)
-            units = plan(files, options.datasets, options.unit_bytes)
             with _kept(parts, options, done):
+                units = plan(files, options.datasets, options.unit_bytes)
                 _make(parts, options, files, units, done, report)
                 if options.shard is None:
                     done.manifest = assemble([parts], options.output, report)
