@@ -22,7 +22,7 @@ from pretrain.data.errors import DataError
 from pretrain.data.parts import LOSSY, TABLE, VALIDATION, RunRecord, UnitRecord, run_file
 from pretrain.data.writer import PairWriter
 
-RANGE_BYTES, MOST_RANGES = 64_000_000, 1024
+RANGE_BYTES, RANGE_DOCUMENTS, MOST_RANGES = 32_000_000, 1 << 17, 4096
 SPLITS = ("train", "validation")
 _SLICES = 1 << 16  # documents put together at a time
 
@@ -114,7 +114,8 @@ class Chosen:
 
     def _cut_into_ranges(self) -> None:
         total = sum(run.record.bytes["tokens"] for run in self.runs)
-        self.ranges = min(max(-(-total // RANGE_BYTES), 1), MOST_RANGES)
+        documents = sum(run.record.documents for run in self.runs)
+        self.ranges = min(max(-(-total // RANGE_BYTES), -(-documents // RANGE_DOCUMENTS), 1), MOST_RANGES)
         width = (1 << 64) // self.ranges
         borders = np.array([width * number for number in range(1, self.ranges)], np.uint64)
         self.cuts = np.zeros((len(self.runs), self.ranges + 1), np.uint32)
