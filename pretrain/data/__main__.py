@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m pretrain.data", description="Turn text into tokens, and look at them."
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="prepare|merge|inspect|trace|bench")
+    commands = top.add_subparsers(dest="command", required=True, metavar="prepare|merge|inspect|trace|statistics|bench")
 
     p = commands.add_parser(
         "prepare",
@@ -68,6 +68,24 @@ def parser() -> argparse.ArgumentParser:
     )
     _step_arguments(t, required=True)
 
+    s = commands.add_parser(
+        "statistics",
+        help="document lengths, bytes per token and shares of sources, as tables and a picture",
+        description="Document lengths, bytes per token and each source's share, of corpora or of what a run trains on.",
+        epilog="example: python -m pretrain.data statistics data/web data/code --plot data.png",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    s.add_argument(
+        "paths", nargs="*", metavar="FOLDER", help="folders written by prepare, or prefixes of .bin/.idx pairs"
+    )
+    s.add_argument("--config", default=None, metavar="FILE", help="configuration of a run, in place of folders")
+    s.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override; may be repeated"
+    )
+    s.add_argument("--tokenizer", default=None, metavar="PATH", help="tokenizer of bare pairs, to count bytes with")
+    s.add_argument("--plot", default=None, metavar="FILE", help="picture to write (.png, .svg or .pdf)")
+    s.add_argument("--json", default=None, metavar="FILE", help="numbers to write")
+
     b = commands.add_parser(
         "bench",
         help="time the loader against raw slices, or the building of an index",
@@ -77,9 +95,12 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--tokens", type=int, default=50_000_000, metavar="N", help="tokens of the file to read")
     b.add_argument("--document", type=int, default=1000, metavar="N", help="tokens of a document on average")
     b.add_argument("--length", type=int, default=4096, metavar="T", help="tokens per packed sequence")
-    b.add_argument("--rows", type=int, default=16, metavar="N", help="sequences per batch")
-    b.add_argument("--steps", type=int, default=20, metavar="N", help="batches per round")
-    b.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds, of which the median counts")
+    b.add_argument(
+        "--rows", type=_numbers, default="1,4,16,64,256", metavar="N,N", help="sequences per batch, one or several"
+    )
+    b.add_argument("--steps", type=int, default=4, metavar="N", help="batches per round at least, and")
+    b.add_argument("--round-tokens", type=int, default=2_000_000, metavar="N", help="tokens per round at least")
+    b.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds, of which the median counts")
     b.add_argument("--index", type=int, default=1_000_000_000, metavar="N", help="tokens of the synthetic index")
     others = b.add_subparsers(dest="bench", metavar="[index|prepare]")
     x = others.add_parser(
@@ -221,6 +242,13 @@ def _prepare_arguments(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _numbers(text: str) -> list[int]:
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError(text)
+    return found
+
+
 def _step_arguments(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--config", required=required, metavar="FILE", help="configuration of a run (with --step)")
     command.add_argument(
@@ -248,6 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from pretrain.data.trace import run_trace
 
                 run_trace(args)
+            elif args.command == "statistics":
+                from pretrain.data.statistics import run_statistics
+
+                run_statistics(args)
             elif args.command == "bench" and args.bench == "index":
                 from pretrain.data.index_bench import run_bench as run_index_bench
 

@@ -2,7 +2,8 @@
 
 `python -m pretrain.data bench`: writes a corpus of random tokens to a temporary folder. The yardstick is what a loop
 without documents would do with the same bytes: slices of a memory map at random places, made into int64 tokens and
-targets. Each round times all ways one after the other, so that what else the machine does meets them alike.
+targets. Each round times all ways one after the other, so that what else the machine does meets them alike; the time is
+that of the thread on its core, of which neighbours take less.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from pretrain.data.best_fit import BestFit
 from pretrain.data.index import MAGIC
+from pretrain.data.layout import lay_out
 from pretrain.data.loader import Loader
 from pretrain.data.stages import Stage
 from pretrain.data.store import Corpus
@@ -66,6 +68,30 @@ def _loader(loader: Loader) -> Callable[[int], int]:
     return lambda step: sum(batch.tokens.numel() for batch in loader.batches(step))
 
 
+def ways(corpus: Corpus, rows: int, length: int) -> dict[str, Callable[[int], int]]:
+    """What is timed, raw slices first: each reads the batch of a step and says how many tokens it has."""
+    common: dict[str, Any] = {"sequence_length": length, "global_batch": rows, "micro_batch": rows, "seed": 0}
+    return {
+        "raw slices": _raw(corpus.bin_path, rows, length),
+        "concatenated": _loader(Loader(corpus, **common)),
+        "not masked": _loader(Loader(corpus, **common, masked=False)),
+        "best fit": _loader(Loader(corpus, **common, packing="best_fit")),
+        "version 1": _loader(Loader(corpus, **common, version=1)),
+    }
+
+
+def speeds(read: dict[str, Callable[[int], int]], steps: int, rounds: int) -> dict[str, list[float]]:
+    """Tokens a second of each way, in each round, by the time that this thread had a core to itself."""
+    found: dict[str, list[float]] = {name: [] for name in read}
+    for each in range(rounds + 1):
+        for name, way in read.items():
+            start = time.thread_time()
+            tokens = sum(way(each * steps + step) for step in range(steps))
+            if each:  # the first round brings the file into memory
+                found[name].append(tokens / (time.thread_time() - start))
+    return found
+
+
 def run_bench(args: argparse.Namespace) -> None:
     """`python -m pretrain.data bench`."""
     torch.set_num_threads(1)
@@ -73,25 +99,20 @@ def run_bench(args: argparse.Namespace) -> None:
         prefix = Path(folder, "random")
         write(prefix, lengths_of(args.tokens, args.document), 50_000)
         corpus = Corpus.open(prefix, vocabulary_size=50_000)
-        print(f"{corpus.tokens:,} tokens in {corpus.documents:,} documents; {args.rows} rows of {args.length} a batch")
-        common = {"sequence_length": args.length, "global_batch": args.rows, "micro_batch": args.rows, "seed": 0}
-        ways = {
-            "raw slices": _raw(corpus.bin_path, args.rows, args.length),
-            "concatenated, masked": _loader(Loader(corpus, **common)),
-            "concatenated, not masked": _loader(Loader(corpus, **common, masked=False)),
-            "best fit": _loader(Loader(corpus, **common, packing="best_fit")),
-            "order version 1": _loader(Loader(corpus, **common, version=1)),
-        }
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
-        for each in range(args.rounds + 1):
-            for name, read in ways.items():
-                start = time.perf_counter()
-                tokens = sum(read(each * args.steps + step) for step in range(args.steps))
-                if each:  # the first round brings the file into memory
-                    speeds[name].append(tokens / (time.perf_counter() - start))
-        for name, found in speeds.items():
-            ratio = statistics.median(a / b for a, b in zip(found, speeds["raw slices"]))
-            print(f"{name:28}{statistics.median(found) / 1e6:9.1f} M tokens/s {ratio:8.0%} of raw slices")
+        print(
+            f"{corpus.tokens:,} tokens in {corpus.documents:,} documents; sequences of {args.length}; million tokens/s"
+        )
+        for number, rows in enumerate(args.rows):
+            read = ways(corpus, rows, args.length)
+            if number == 0:
+                print(f"{'rows a batch':>12}" + "".join(f"{name:>18}" for name in read))
+            steps = max(args.steps, args.round_tokens // (rows * args.length))
+            line = f"{rows:>12}"
+            found = speeds(read, steps, args.rounds)
+            for each in found.values():
+                ratio = statistics.median(a / b for a, b in zip(each, found["raw slices"]))
+                line += f"{statistics.median(each) / 1e6:>12.1f}{ratio:>6.0%}"
+            print(line, flush=True)
     seek(args.index, args.document, args.length)
 
 
@@ -99,27 +120,26 @@ def seek(tokens: int, mean: int, length: int) -> None:
     """Finding steps on a synthetic index: a new stream's first question, and the median and worst of many."""
     lengths = lengths_of(tokens, mean)
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    print(f"\nseek: an index of {int(starts[-1]):,} tokens in {len(lengths):,} documents")
+    print(f"\nseek: an index of {int(starts[-1]):,} tokens in {len(lengths):,} documents, steps of 256 sequences")
     chance = np.random.default_rng(1)
-    for name, packing, version in (("concatenated", "concatenate", 2), ("order version 1", "concatenate", 1)):
-        begin = time.perf_counter()
-        stream = Stream([starts], [Stage(0, 256, 1, length)], 0, packing, version)
-        opened = time.perf_counter() - begin
-        steps = [int(step) for step in chance.integers(0, 3 * int(starts[-1]) // length // 256, 21)]
+    for name, packing, version in (
+        ("concatenated", "concatenate", 2),
+        ("best fit", "best_fit", 2),
+        ("version 1", "concatenate", 1),
+    ):
+        begin = time.thread_time()
+        stream = Stream([starts], [Stage(0, 256, 256, length)], 0, packing, version)
+        windows = int(stream.arrangement(0, 0).windows_per_epoch)
+        opened = time.thread_time() - begin
+        steps = [int(step) for step in chance.integers(0, 3 * windows // 256, 21)]
         taken = []
         for step in steps if version == 2 else steps[:3]:
-            begin = time.perf_counter()
-            for reference in stream.references(step, range(256)):
-                stream.row(reference)
-            taken.append(1e3 * (time.perf_counter() - begin))
-        print(
-            f"{name:28}opened in {1e3 * opened:.1f} ms; all 256 sequences of a step: first {taken[0]:.1f} ms, "
-            f"median {statistics.median(taken):.1f} ms, worst {max(taken):.1f} ms"
-        )
-    begin = time.perf_counter()
-    few = BestFit(starts[: 64 * 1024 + 1], length, 0)
-    taken_all = time.perf_counter() - begin
-    print(
-        f"{'best fit':28}{1e6 * taken_all / (64 * 1024):.2f} s a million documents to count the sequences when it is "
-        f"opened; {few.padding:.2%} padding"
-    )
+            begin = time.thread_time()
+            sources, sequences = stream.sequences(step, np.arange(256))
+            lay_out(stream, [starts], 0, sources, sequences, length, 256, True)
+            taken.append(1e3 * (time.thread_time() - begin))
+        line = f"{name:16}opened in {1e3 * opened:.1f} ms"
+        if packing == "best_fit":
+            each = 1e6 * opened / len(lengths)
+            line += f" ({each:.2f} s a million documents; {stream.arrangement(0, 0).padding:.2%} padding)"
+        print(f"{line}; found: first {taken[0]:.1f} ms, median {statistics.median(taken):.1f}, worst {max(taken):.1f}")
