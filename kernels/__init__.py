@@ -5,13 +5,14 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.delta_rule import delta_rule
 from kernels.experts import experts
 from kernels.gated_linear_attention import gated_linear_attention
-from kernels.norm import gated_rms_norm, l2_norm, rms_norm
+from kernels.norm import add_rms_norm, gated_rms_norm, l2_norm, rms_norm
 from kernels.rotary import rotary
 from kernels.short_conv import short_convolution
 from kernels.state_space import selective_scan
 from kernels.swiglu import swiglu
 
 __all__ = [
+    "add_rms_norm",
     "attention",
     "delta_rule",
     "experts",

@@ -1,4 +1,4 @@
-"""RMS norm, L2 norm and gated RMS norm over the last dim. Statistics in fp32 at least, the result in x's dtype.
+"""RMS norm, also after an addition or with a gate, and L2 norm, over the last dim. Statistics in fp32 at least.
 
 Sources: RMSNorm, arXiv:1910.07467, equation 4; the gates of Gated DeltaNet (arXiv:2412.06464, figure 1: norm first)
 and of Mamba-2 (arXiv:2405.21060, section 7.1: gate first).
@@ -14,9 +14,11 @@ from torch import Tensor
 from kernels.dispatch import Form, Request, choose, triton_objection
 
 __all__ = [
+    "ADD_RMS_NORM_FORMS",
     "GATED_RMS_NORM_FORMS",
     "L2_NORM_FORMS",
     "RMS_NORM_FORMS",
+    "add_rms_norm",
     "gated_rms_norm",
     "l2_norm",
     "rms_norm",
@@ -34,10 +36,10 @@ def _triton_why_not(request: Request) -> str | None:
     return None
 
 
-def _forms(function: str) -> tuple[Form, ...]:
+def _forms(function: str, chunked: str = "kernels.norm.chunked") -> tuple[Form, ...]:
     return (
         Form("triton", "kernels.norm.triton", f"{function}_triton", _triton_why_not),
-        Form("chunked", "kernels.norm.chunked", f"{function}_chunked"),
+        Form("chunked", chunked, f"{function}_chunked"),
         Form("reference", "kernels.norm.reference", f"{function}_reference"),
     )
 
@@ -45,6 +47,7 @@ def _forms(function: str) -> tuple[Form, ...]:
 RMS_NORM_FORMS = _forms("rms_norm")
 L2_NORM_FORMS = _forms("l2_norm")
 GATED_RMS_NORM_FORMS = _forms("gated_rms_norm")
+ADD_RMS_NORM_FORMS = _forms("add_rms_norm", "kernels.norm.residual")
 FORMS = RMS_NORM_FORMS
 
 
@@ -57,6 +60,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     form = choose(RMS_NORM_FORMS, _request("rms_norm", x))
     with torch.autocast(x.device.type, enabled=False):
         return form.load()(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(rms_norm(total) * weight, total) with total = x + residual: a residual connection and the norm that follows it.
+
+    x, residual [..., D], not necessarily of one dtype; weight [D]. Both results have the wider of the two dtypes. Only total is
+    kept for the backward, where the gradients of both results are added on the way.
+    Raises ValueError naming the argument that does not fit.
+    """
+    _check(x, weight, eps)
+    if residual.shape != x.shape or not residual.is_floating_point():
+        raise ValueError(
+            f"residual must be floating point {tuple(x.shape)} as x, got {residual.dtype} {tuple(residual.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device}, x is on {x.device}: move it there")
+    D, dtype = x.shape[-1], torch.promote_types(x.dtype, residual.dtype)
+    form = choose(ADD_RMS_NORM_FORMS, Request("add_rms_norm", x.device, dtype, {"rows": x.numel() // D, "D": D}))
+    with torch.autocast(x.device.type, enabled=False):
+        normed, total = form.load()(x, residual, weight, eps)
+        return normed, total
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

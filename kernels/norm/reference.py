@@ -16,6 +16,12 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * _wide(weight)).to(x.dtype)
 
 
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """See `kernels.norm.add_rms_norm`."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
 def l2_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
     """See `kernels.norm.l2_norm`."""
     h = _wide(x)

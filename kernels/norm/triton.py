@@ -1,4 +1,4 @@
-"""RMS norm, L2 norm and gated RMS norm over the last dim: Triton form, forward and backward. Statistics are fp32."""
+"""RMS norm, also after an addition or with a gate, and L2 norm over the last dim: Triton form. Statistics are fp32."""
 
 from __future__ import annotations
 
@@ -63,6 +63,12 @@ def _apply(
     return _Norm.apply(x, gate, weight, eps, mean, gate_mode, silu)
 
 
+def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """See `kernels.norm.add_rms_norm`."""
+    y, total = _AddNorm.apply(x, residual, weight, eps)
+    return y, total
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as [R, D] with contiguous rows: a view where the strides allow it (slices of a wider projection do)."""
     x = x.reshape(-1, x.shape[-1])
@@ -91,8 +97,8 @@ class _Norm(torch.autograd.Function):
         if y.numel():
             use, tile = _tile("norm_forward", x, gate_mode)
             forward_kernel[(triton.cdiv(R, tile["ROWS"]),)](
-                x, gate, weight, y, scales, R, eps, x.stride(0), 0 if gate is None else gate.stride(0), D,
-                **tile, **flags, **use,
+                x, gate, weight, y, scales, None, None, R, eps, x.stride(0), 0 if gate is None else gate.stride(0), 0, D,
+                **tile, **flags, RESIDUAL=False, **use,
             )  # fmt: skip
         ctx.save_for_backward(x, gate, weight, scales)
         ctx.flags, ctx.shape = flags, shape
@@ -101,26 +107,78 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight, scales = ctx.saved_tensors
+        dx, dgate, dweight, _ = _backward(dy, x, gate, weight, scales, ctx.flags)
+        return dx.view(ctx.shape), None if dgate is None else dgate.view(ctx.shape), dweight, None, None, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        shape, dtype = x.shape, torch.promote_types(x.dtype, residual.dtype)
+        ctx.dtypes, ctx.shape = (x.dtype, residual.dtype), shape
+        x, residual = _rows(x), _rows(residual)
         R, D = x.shape
-        dy = dy.reshape(R, D).contiguous()
-        dx = torch.empty(R, D, dtype=x.dtype, device=x.device)
-        dgate = None if gate is None else torch.empty(R, D, dtype=gate.dtype, device=gate.device)
-        dweight = None if weight is None else torch.zeros_like(weight)
-        if dx.numel():
-            use, tile = _tile("norm_backward", x, ctx.flags["GATE"])
-            units = facts(architecture(x.device)).units or UNITS_UNKNOWN
-            row_tiles = triton.cdiv(R, tile["ROWS"])
-            tiles = triton.cdiv(row_tiles, min(units * use.pop("WAVES"), row_tiles))
-            programs = triton.cdiv(row_tiles, tiles)
-            partials = None if weight is None else torch.empty(programs, D, dtype=torch.float32, device=x.device)
-            backward_kernel[(programs,)](
-                x, gate, weight, dy, scales, dx, dgate, partials, R, tiles, x.stride(0),
-                0 if gate is None else gate.stride(0), D, **tile, **ctx.flags, **use,
+        y, total = (torch.empty(R, D, dtype=dtype, device=x.device) for _ in range(2))
+        scales = torch.empty(R, dtype=torch.float32, device=x.device)
+        flags = {"MEAN": True, "GATE": 0, "SILU": False, "HAS_WEIGHT": True}
+        if y.numel():
+            use, tile = _tile("norm_forward", x, 0)
+            forward_kernel[(triton.cdiv(R, tile["ROWS"]),)](
+                x, None, weight, y, scales, residual, total, R, eps, x.stride(0), 0, residual.stride(0), D,
+                **tile, **flags, RESIDUAL=True, **use,
             )  # fmt: skip
-            if partials is not None:
-                dweight = partials.sum(0).to(weight.dtype)
-        dgate = None if dgate is None else dgate.view(ctx.shape)
-        return dx.view(ctx.shape), dgate, dweight, None, None, None, None
+        ctx.save_for_backward(total, weight, scales)
+        ctx.flags = flags
+        ctx.set_materialize_grads(False)
+        return y.view(shape), total.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, scales = ctx.saved_tensors
+        if dy is None:
+            dx, d_residual = (None if d_total is None else d_total.to(dtype) for dtype in ctx.dtypes)
+            return dx, d_residual, None, None
+        low = next((dtype for dtype in ctx.dtypes if dtype != total.dtype), None)
+        wide, _, dweight, lower = _backward(dy, total, None, weight, scales, ctx.flags, d_total, low)
+        dx, d_residual = (
+            (wide if dtype == wide.dtype or lower is None else lower).view(ctx.shape) for dtype in ctx.dtypes
+        )
+        return dx, d_residual, dweight, None
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scales: Tensor,
+    flags: dict[str, Any],
+    d_total: Tensor | None = None,
+    low: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx [R, D], dgate, dweight, dx in the dtype `low`) of rows x [R, D]; d_total is added to dx."""
+    R, D = x.shape
+    dy = dy.reshape(R, D).contiguous()
+    d_total = None if d_total is None else d_total.reshape(R, D).contiguous()
+    dx = torch.empty(R, D, dtype=x.dtype, device=x.device)
+    d_low = None if low is None else torch.empty(R, D, dtype=low, device=x.device)
+    dgate = None if gate is None else torch.empty(R, D, dtype=gate.dtype, device=gate.device)
+    dweight = None if weight is None else torch.zeros_like(weight)
+    if dx.numel():
+        use, tile = _tile("norm_backward", x, flags["GATE"])
+        units = facts(architecture(x.device)).units or UNITS_UNKNOWN
+        row_tiles = triton.cdiv(R, tile["ROWS"])
+        tiles = triton.cdiv(row_tiles, min(units * use.pop("WAVES"), row_tiles))
+        programs = triton.cdiv(row_tiles, tiles)
+        partials = None if weight is None else torch.empty(programs, D, dtype=torch.float32, device=x.device)
+        backward_kernel[(programs,)](
+            x, gate, weight, dy, scales, dx, dgate, partials, d_total, d_low, R, tiles, x.stride(0),
+            0 if gate is None else gate.stride(0), D, **tile, **flags, RESIDUAL=d_total is not None,
+            BOTH=d_low is not None, **use,
+        )  # fmt: skip
+        if partials is not None and weight is not None:
+            dweight = partials.sum(0).to(weight.dtype)
+    return dx, dgate, dweight, d_low
 
 
 def _tile(kernel: str, x: Tensor, gate_mode: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -148,6 +148,9 @@ def _norm(function: str, D: int, dtype: torch.dtype, rows: int = 512, norm_first
         weight = leaf(D)
         if function == "rms_norm":
             return [norm.rms_norm(x, weight, 1e-6)], [x, weight]
+        if function == "add_rms_norm":  # as under autocast: a sublayer's output, and the stream in fp32
+            residual = leaf(rows, D)
+            return list(norm.add_rms_norm(x, residual, weight, 1e-6)), [x, residual, weight]
         gate = leaf(rows, D, dtype=dtype)
         y = norm.gated_rms_norm(x, gate, weight, 1e-6, activation="silu", norm_first=norm_first)
         return [y], [x, gate, weight]
@@ -235,6 +238,8 @@ def cases(op: str) -> list[Case]:
             *(_norm("l2_norm", D, BF16) for D in (64, 128)),
             *(_norm("gated_rms_norm", D, BF16, norm_first=first) for D in (128, 2048) for first in (True, False)),
             _norm("rms_norm", 1000, BF16, rows=250),
+            *(_norm("add_rms_norm", D, dtype) for D in (2048, 4096) for dtype in (BF16, FP32)),
+            _norm("add_rms_norm", 1000, BF16, rows=250),
         ]
     if op == "swiglu":
         return [

@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from kernels.dispatch import Request, explain
-from kernels.norm import RMS_NORM_FORMS, chunked, gated_rms_norm, l2_norm, reference, rms_norm
+from kernels.norm import (
+    RMS_NORM_FORMS,
+    add_rms_norm,
+    chunked,
+    gated_rms_norm,
+    l2_norm,
+    reference,
+    residual,
+    rms_norm,
+)
 
 GATES = [(activation, first) for activation in ("silu", "sigmoid") for first in (True, False)]
 
@@ -136,3 +145,72 @@ def test_triton_is_not_asked_for_rows_it_cannot_hold(monkeypatch):
 
     assert verdict(8192)["triton"] == "chosen"
     assert "8192" in verdict(8193)["triton"] and verdict(8193)["chunked"] == "chosen"
+
+
+def added(function, leaves):
+    """[normed, total, dx, d_residual, d_weight], with gradients of both results."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    results = function(*leaves, 1e-5)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in results]
+    return [*results, *torch.autograd.grad(results, leaves, upstream)]
+
+
+MIXED = [
+    (torch.float64, torch.float64, 1e-10),
+    (torch.float32, torch.float32, 1e-5),
+    (torch.bfloat16, torch.float32, 1e-5),
+    (torch.float32, torch.bfloat16, 1e-5),
+]
+
+
+@pytest.mark.parametrize("left, right, tolerance", MIXED, ids=str)
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 5, 8), (11, 1), (5,), (0, 4)])
+def test_addition_and_norm_are_the_definition(shape, left, right, tolerance, block):
+    x, stream, weight = inputs(shape)
+    leaves = [x.to(left), stream.to(right), weight.to(torch.promote_types(left, right))]
+    ours, theirs = (added(f, leaves) for f in (residual.add_rms_norm_chunked, reference.add_rms_norm_reference))
+    assert [y.dtype for y in ours[:4]] == [torch.promote_types(left, right)] * 2 + [left, right]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        # Where both sides round a gradient to bf16 they may fall on neighbours.
+        near = 2**-7 if a.dtype == torch.bfloat16 else tolerance
+        torch.testing.assert_close(a, b, atol=near, rtol=near)
+
+
+def test_addition_and_norm_are_the_two_by_themselves_bit_for_bit():
+    x, stream, weight = inputs((33, 24), torch.float32)
+    y, total = add_rms_norm(x, stream, weight)
+    assert torch.equal(total, x + stream)
+    assert torch.equal(y, rms_norm(x + stream, weight))
+
+
+def test_gradcheck_of_the_addition_and_either_result_alone(block):
+    x, stream, weight = inputs((3, 4))
+    assert torch.autograd.gradcheck(add_rms_norm, (x, stream, weight))
+    for used in (0, 1):
+        ours = torch.autograd.grad(add_rms_norm(x, stream, weight)[used].sum(), (x, stream))
+        total = x + stream
+        wanted = torch.autograd.grad((rms_norm(total, weight), total)[used].sum(), (x, stream))
+        for a, b in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_the_addition_keeps_its_sum_only():
+    x, stream, weight = inputs((9, 8), torch.float32)
+    y, total = add_rms_norm(x, stream, weight)
+    saved = [t.data_ptr() for t in y.grad_fn.saved_tensors]
+    assert total.data_ptr() in saved and weight.data_ptr() in saved
+    assert not {x.data_ptr(), stream.data_ptr()} & set(saved)
+
+
+@pytest.mark.parametrize(
+    "stream, message",
+    [
+        (torch.zeros(2, 5), "residual must be floating point"),
+        (torch.zeros(2, 4, dtype=torch.int64), "residual must be"),
+    ],
+)
+def test_a_residual_that_does_not_fit_is_refused(stream, message):
+    with pytest.raises(ValueError, match=message):
+        add_rms_norm(torch.zeros(2, 4), stream, torch.ones(4))

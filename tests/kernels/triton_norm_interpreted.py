@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.norm.triton import gated_rms_norm_triton, l2_norm_triton, rms_norm_triton
+from kernels.norm.triton import add_rms_norm_triton, gated_rms_norm_triton, l2_norm_triton, rms_norm_triton
 
 EPS = 1e-3  # large enough to be seen in the values
 
@@ -92,3 +92,34 @@ def test_refuses_what_it_cannot_do():
         gated_rms_norm_triton(x, x[:1], torch.ones(8), EPS)
     with pytest.raises(ValueError, match="8192"):
         l2_norm_triton(torch.randn(1, 8193), EPS)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_addition_and_norm(shape, dtypes):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(shape).to(dtype) for dtype in dtypes)
+    single = [x.requires_grad_(), residual.requires_grad_(), torch.randn(shape[-1], requires_grad=True)]
+    exact = [t.detach().double().requires_grad_() for t in single]
+    total = exact[0] + exact[1]
+    wanted, got = (rms(total) * exact[2], total), add_rms_norm_triton(*single, EPS)
+    upstream = [torch.randn_like(t) for t in wanted]
+    gradients = torch.autograd.grad(wanted, exact, upstream)
+    ours = torch.autograd.grad(got, single, [u.float() for u in upstream], retain_graph=True)
+    for i, (a, b) in enumerate(zip((*got, *ours), (*wanted, *gradients))):
+        assert relative(a, b) < (1e-5 if a.dtype == torch.float32 else 1e-3), i
+    assert [g.dtype for g in ours] == [*dtypes, torch.float32]
+    for used in (0, 1):
+        a = torch.autograd.grad(got[used], single[:2], upstream[used].float(), retain_graph=True)
+        b = torch.autograd.grad(
+            (rms(exact[0] + exact[1]) * exact[2], exact[0] + exact[1])[used], exact[:2], upstream[used]
+        )
+        assert all(relative(i, j) < 1e-3 for i, j in zip(a, b))
+
+
+def test_addition_and_norm_of_slices():
+    torch.manual_seed(0)
+    wide, weight = torch.randn(6, 48), torch.randn(16)
+    got, total = add_rms_norm_triton(wide[:, :16], wide[:, 20:36], weight, EPS)
+    assert torch.equal(total, wide[:, :16] + wide[:, 20:36])
+    assert relative(got, rms(total.double()) * weight) < 1e-6
