@@ -2,9 +2,10 @@
 
 `python -m pretrain.data bench prepare`: takes Python sources of this machine as its text, trains a tokenizer on some of them,
 and writes them as jsonl files. A round does, one after the other: the library alone, `encode` of every document in memory, in
-one process and in several; and whole preparations (reading, parsing, hashes, tokens, merge, manifest) by one process and by
-several. Ratios are taken within rounds, and their medians shown, so that what else the machine does meets all alike. Starting
-processes is part of a preparation: on little text it is most of it.
+one process and in several; the same with this project's tokenizer, which hands long texts to the library in pieces; whole
+preparations (reading, parsing, hashes, tokens, merge, manifest) by one process and by several. Ratios are taken within
+rounds, and their medians shown, so that what else the machine does meets all alike. Starting processes is part of a
+preparation: on little text it is most of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from pretrain.data.errors import UsageError
 from pretrain.data.options import PrepareOptions
 from pretrain.data.prepare import prepare
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.vocabulary import train
 
 _SHARD_BYTES = 2_000_000
@@ -78,6 +80,16 @@ def _alone(model: str, texts: list[str]) -> float:
     return time.perf_counter() - begin
 
 
+def _ours(model: Path, texts: list[str]) -> float:
+    """As `_alone`, with the tokenizer of this project, which gives the library long texts in pieces."""
+    tokenizer = Tokenizer(model)
+    tokenizer.encode("warm")
+    begin = time.perf_counter()
+    for text in texts:
+        tokenizer.encode(text)
+    return time.perf_counter() - begin
+
+
 def _together(model: str, texts: list[str], processes: int) -> float:
     """As `_alone`, the documents dealt to processes that are there already: the slowest counts."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -119,6 +131,7 @@ def run_bench(args: argparse.Namespace) -> None:
         )
         ways: dict[str, Callable[[], float]] = {
             "library alone": lambda: _alone(str(model), texts),
+            "tokenizer alone": lambda: _ours(model, texts),
             f"library alone, {several} processes": lambda: _together(str(model), texts, several),
             "prepare, 1 process": lambda: _prepared(model, folder, 1),
             f"prepare, {several} processes": lambda: _prepared(model, folder, several),
@@ -130,11 +143,12 @@ def _show(seconds: dict[str, list[float]], size: int) -> None:
     def ratio(a: list[float], b: list[float]) -> float:
         return statistics.median(y / x for x, y in zip(a, b, strict=True))
 
-    alone, several_alone, one, several = seconds.values()
+    alone, ours, several_alone, one, several = seconds.values()
     beside = [
         "",
+        f"{ratio(ours, alone):.0%} of the library alone",
         f"{ratio(several_alone, alone):.2f}x",
-        f"{ratio(one, alone):.0%} of the library alone",
+        f"{ratio(one, alone):.0%} of the library alone, {ratio(one, ours):.0%} of the tokenizer alone",
         f"{ratio(several, one):.2f}x of one process",
     ]
     for (name, found), words in zip(seconds.items(), beside, strict=True):

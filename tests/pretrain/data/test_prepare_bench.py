@@ -41,15 +41,23 @@ def test_a_round_times_every_way_and_ratios_are_of_rounds(tmp_path: Path, capsys
     assert prepare_bench.measure(ways, 2) == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
     assert order == ["a", "b", "a", "b"]
     assert prepare_bench._alone(str(model), texts) > 0
+    assert prepare_bench._ours(model, texts) > 0
     assert prepare_bench._prepared(model, tmp_path, 1) > 0
     assert not list(tmp_path.glob("tmp*"))
 
-    seconds = {"alone": [1.0, 2.0, 9.0], "two": [0.5, 1.0, 9.0], "one": [1.25, 2.0, 10.0], "both": [0.625, 1.0, 2.5]}
+    seconds = {
+        "alone": [1.0, 2.0, 9.0],
+        "ours": [0.5, 1.0, 8.0],
+        "two": [0.5, 1.0, 9.0],
+        "one": [1.25, 2.0, 10.0],
+        "both": [0.625, 1.0, 2.5],
+    }
     prepare_bench._show(seconds, 4_000_000)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         ["alone", "2.00", "MB/s"],
+        ["ours", "4.00", "MB/s", "200%", "of", "the", "library", "alone"],
         ["two", "4.00", "MB/s", "2.00x"],
-        ["one", "2.00", "MB/s", "90%", "of", "the", "library", "alone"],
+        ["one", "2.00", "MB/s", *["90%", "of", "the", "library", "alone,", "50%", "of", "the", "tokenizer", "alone"]],
         ["both", "4.00", "MB/s", "2.00x", "of", "one", "process"],
     ]
