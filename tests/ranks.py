@@ -46,7 +46,23 @@ PRELOAD = (
     "torch.distributed.tensor.parallel",
     "pydantic",
     "yaml",
+    # Of this project: what many tests' ranks would import one by one, each for a second.
+    "parallel.pipeline",
+    "parallel.tensor",
+    "parallel.expert.apply",
+    "pretrain.checkpoint.lifecycle",
+    "pretrain.model.decoder",
 )
+TRAINING = (  # to preload for ranks that train: a run of a few steps takes half a second, these take ten
+    "deepspeed",
+    "pretrain.equivalence.gate",
+    "pretrain.train.loop",
+    "rich.progress",
+    "rich._emoji_codes",
+    "sentencepiece",
+    "xxhash",
+)
+PATIENCE = 60.0  # seconds, beyond what ranks may take themselves, to import what is preloaded and to fork
 QUIET = {  # for every child: one thread per rank (two cores, several ranks), loopback only, no chatter
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -73,6 +89,7 @@ class _Job:
     payload: bytes  # pickled (function, args); opened in the ranks only, so that the template stays clean
     world: int
     timeout: float
+    leave: float
     may_die: tuple[int, ...]
     environment: dict[str, str]
     sys_path: list[str]
@@ -86,13 +103,15 @@ def run_ranks(
     timeout: float = 120,
     may_die: Collection[int] = (),
     preload: Sequence[str] = (),
+    leave: float = 30,
 ) -> list[Any]:
     """Call `function(rank, world, *args)` in `world` processes with a gloo process group; return their results by rank.
 
     function: importable by name. args and results must pickle (tensors do; DTensors do not: return `.full_tensor()`).
     timeout: seconds for the whole run. Past it every rank's stack is printed in the error and all are ended.
     may_die: ranks that the test kills on purpose. Such a rank yields `Died`, and the others are left to finish.
-    preload: further modules to have imported before the fork, e.g. ("deepspeed",); they get a template of their own.
+    leave: seconds that a rank may take to end after it has returned (it leaves its process group, its threads end).
+    preload: further modules to have imported before the fork, e.g. ("deepspeed",); where no template has them, one is made.
     Raises RanksFailed. The environment of the calling process at this moment is what the ranks see.
     """
     if world < 1:
@@ -104,12 +123,20 @@ def run_ranks(
                 payload=pickle.dumps((function, args)),
                 world=world,
                 timeout=timeout,
+                leave=leave,
                 may_die=tuple(may_die),
                 environment={**os.environ, **{k: os.environ.get(k, v) for k, v in QUIET.items()}},
                 sys_path=sys.path,
                 directory=directory,
             )
         )
+        if not template.poll(timeout + leave + PATIENCE):
+            for modules in [modules for modules, other in _templates.items() if other is template]:
+                del _templates[modules]
+            template.close()  # it ends with that, and its ranks with it
+            raise RanksFailed(
+                f"no answer from the process that forks the ranks, {PATIENCE} s after they should be gone"
+            )
         outcomes, failure = template.recv()
     if failure:
         raise RanksFailed(failure)
@@ -171,6 +198,10 @@ _templates: dict[tuple[str, ...], Connection] = {}
 
 def _template(preload: tuple[str, ...]) -> Connection:
     if preload not in _templates:
+        for modules, other in _templates.items():
+            if preload and set(preload) <= set(modules):
+                _templates[preload] = other
+                return other
         ours, theirs = multiprocessing.Pipe()
         before = {k: os.environ.get(k) for k in QUIET}
         os.environ.update({k: v for k, v in QUIET.items() if before[k] is None})  # thread pools are sized at import
@@ -233,21 +264,29 @@ def _run(calls: Connection, job: _Job) -> tuple[list[Any], str]:
                 # The others usually fail in its wake; a moment's grace shows how, after the cause.
                 deadline = min(deadline, time.monotonic() + 0.5)
     if pending and not failures:
-        for rank in pending:
-            os.kill(processes[rank].pid or 0, signal.SIGUSR2)
-        time.sleep(0.5)
-        for rank in sorted(pending):
-            stack = (
-                Path(job.directory, f"stack{rank}").read_text() if Path(job.directory, f"stack{rank}").exists() else ""
-            )
-            failures.append(f"rank {rank} of {job.world}: not done after {job.timeout} s\n{stack}")
+        failures += _stacks(job, processes, sorted(pending), f"not done after {job.timeout} s")
     for rank in pending:
         processes[rank].kill()
+    deadline = time.monotonic() + job.leave
     for process in processes:
-        process.join()
+        process.join(max(0.0, deadline - time.monotonic()))
+    if stuck := [rank for rank, process in enumerate(processes) if process.exitcode is None]:
+        failures += _stacks(job, processes, stuck, f"returned, but did not end in {job.leave} s")
+        for rank in stuck:
+            processes[rank].kill()
+            processes[rank].join()
     for pipe in pipes:
         pipe.close()
     return outcomes, "\n".join(failures)
+
+
+def _stacks(job: _Job, processes: Sequence[Any], ranks: Sequence[int], what: str) -> list[str]:
+    """What these ranks did not do, and where each is."""
+    for rank in ranks:
+        os.kill(processes[rank].pid, signal.SIGUSR2)
+    time.sleep(0.5)
+    files = {rank: Path(job.directory, f"stack{rank}") for rank in ranks}
+    return [f"rank {rank} of {job.world}: {what}\n{f.read_text() if f.exists() else ''}" for rank, f in files.items()]
 
 
 def _rank(rank: int, job: _Job, send: Connection, calls: Connection) -> None:

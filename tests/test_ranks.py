@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def die(rank: int, world: int) -> int:
     return rank
 
 
+def stay(rank: int, world: int) -> None:
+    if rank == 1:
+        threading.Thread(target=time.sleep, args=(60,)).start()
+
+
 def threads(rank: int, world: int) -> tuple[int, int]:
     import torch
 
@@ -65,6 +71,12 @@ def test_timeout_shows_where_each_rank_is() -> None:
     with pytest.raises(RanksFailed, match="rank 0 of 1: not done after 1 s") as caught:
         run_ranks(hang, 1, timeout=1)
     assert "in hang" in str(caught.value)
+
+
+def test_a_rank_that_returns_and_does_not_end_is_named_with_its_place() -> None:
+    with pytest.raises(RanksFailed, match=r"^rank 1 of 2: returned, but did not end in 0\.5 s") as caught:
+        run_ranks(stay, 2, leave=0.5)
+    assert "_shutdown" in str(caught.value) and "rank 0" not in str(caught.value)
 
 
 def test_death_is_an_error_unless_planned() -> None:

@@ -20,12 +20,10 @@ from pretrain.checkpoint import points
 from pretrain.checkpoint.folder import entries, leftovers
 from pretrain.checkpoint.snapshot import Snapshots
 from pretrain.train.callback import Callback, Run
-from pretrain.train.loop import train
 from pretrain.train.metrics import read as read_metrics
-from tests.pretrain.train.small_run import checkpoint_tensors, configuration, losses, train_on_rank
-from tests.ranks import Died, RanksFailed, run_ranks
+from tests.pretrain.train.small_run import checkpoint_tensors, configuration, losses, train, train_on_rank
+from tests.ranks import TRAINING, Died, RanksFailed, run_ranks
 
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 STEPS, EVERY = 8, 2
 SETTINGS = (f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=2", "train.timeout=20")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -181,7 +179,7 @@ class Trials:
             world, overrides = LAYOUTS[layout]
             run = self.folder / f"untouched {layout}"
             start = time.monotonic()
-            codes = run_ranks(started_again, world, run, self.corpus, SETTINGS + overrides, preload=PRELOAD)
+            codes = run_ranks(started_again, world, run, self.corpus, SETTINGS + overrides, preload=TRAINING)
             assert codes == [0] * world
             last = run / f"checkpoints/step_{STEPS:08d}"
             self.untouched[layout] = losses(run), checkpoint_tensors(last), time.monotonic() - start
@@ -196,7 +194,15 @@ class Trials:
         run = self.folder / f"trial {self.number}"
         try:
             results = run_ranks(
-                killed_on_rank, world, run, self.corpus, overrides, kill, seconds, may_die=kill.victims, preload=PRELOAD
+                killed_on_rank,
+                world,
+                run,
+                self.corpus,
+                overrides,
+                kill,
+                seconds,
+                may_die=kill.victims,
+                preload=TRAINING,
             )
         except RanksFailed as error:
             outcome.faults.append(f"the survivors did not leave: {str(error).splitlines()[0]}")
@@ -216,7 +222,7 @@ class Trials:
         if any(entry.fault for entry in entries(run / "checkpoints")):
             outcome.faults.append("a checkpoint without its files has a name")
         try:
-            codes = run_ranks(started_again, world, run, self.corpus, overrides, preload=PRELOAD)
+            codes = run_ranks(started_again, world, run, self.corpus, overrides, preload=TRAINING)
         except RanksFailed as error:
             outcome.faults.append(f"the next start failed: {str(error).splitlines()[-1]}")
             return outcome

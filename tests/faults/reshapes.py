@@ -9,9 +9,9 @@ from pathlib import Path
 from pretrain.config import ConfigError, RunConfig
 from pretrain.equivalence.layouts import legal
 from pretrain.train import layout
-from tests.faults.kills import PRELOAD, started_again
+from tests.faults.kills import started_again
 from tests.pretrain.train.small_run import configuration, losses, records
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
 SETTINGS = ("train.precision=fp32", "train.steps=6", "checkpoint.every=2", "log.every=1")
 STARTS = 3
@@ -24,7 +24,7 @@ class Reshapes:
         self.folder, self.corpus = folder, corpus
         self.number = 0
         alone = folder / "alone"
-        assert run_ranks(started_again, 1, alone, corpus, SETTINGS, preload=PRELOAD) == [0]
+        assert run_ranks(started_again, 1, alone, corpus, SETTINGS, preload=TRAINING) == [0]
         self.expected = losses(alone)
 
     def draw(self, generator: random.Random) -> tuple[int, tuple[str, ...]]:
@@ -49,7 +49,7 @@ class Reshapes:
             path.append(f"{world} rank(s) {' '.join(chosen)}")
             last = 2 * (start + 1)
             stop = last if last < 6 else None
-            codes = run_ranks(started_again, world, run, self.corpus, (*SETTINGS, *chosen), stop, preload=PRELOAD)
+            codes = run_ranks(started_again, world, run, self.corpus, (*SETTINGS, *chosen), stop, preload=TRAINING)
             if codes != [75 if stop else 0] * world:
                 faults.append(f"start {start + 1} ended with {codes}")
                 break

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pretrain.checkpoint.snapshot import Snapshots
-from pretrain.train.loop import train
-from tests.faults.kills import PRELOAD, quiet, started_again
-from tests.pretrain.train.small_run import checkpoint_tensors, configuration
-from tests.ranks import run_ranks
+from tests.faults.kills import quiet, started_again
+from tests.pretrain.train.small_run import checkpoint_tensors, configuration, train
+from tests.ranks import TRAINING, run_ranks
 
 SETTINGS = ("train.steps=6", "checkpoint.every=2", "checkpoint.keep=10")
 
@@ -34,8 +33,8 @@ def short_of_memory(rank: int, world: int, run: Path, corpus: Path) -> int:
 @pytest.mark.parametrize("world", [1, 2])
 def test_saves_go_on_without_a_copy(world: int, corpus: Path, tmp_path: Path) -> None:
     short, usual = tmp_path / "short", tmp_path / "usual"
-    assert run_ranks(short_of_memory, world, short, corpus, preload=PRELOAD) == [0] * world
-    assert run_ranks(started_again, world, usual, corpus, SETTINGS, preload=PRELOAD) == [0] * world
+    assert run_ranks(short_of_memory, world, short, corpus, preload=TRAINING) == [0] * world
+    assert run_ranks(started_again, world, usual, corpus, SETTINGS, preload=TRAINING) == [0] * world
     for step in (2, 4, 6):
         a, b = (checkpoint_tensors(run / f"checkpoints/step_{step:08d}") for run in (short, usual))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), step

@@ -9,10 +9,9 @@ from pathlib import Path
 from pretrain.checkpoint import points
 from pretrain.checkpoint.snapshot import Snapshots
 from pretrain.train.callback import Callback, Run
-from pretrain.train.loop import train
-from tests.faults.kills import PRELOAD, quiet
-from tests.pretrain.train.small_run import configuration
-from tests.ranks import run_ranks
+from tests.faults.kills import quiet
+from tests.pretrain.train.small_run import configuration, train
+from tests.ranks import TRAINING, run_ranks
 
 
 class Memory(Callback):
@@ -48,7 +47,7 @@ def slow(rank: int, world: int, run: Path, corpus: Path) -> list[int]:
 
 
 def test_saves_wait_for_each_other_and_memory_does_not_grow(corpus: Path, tmp_path: Path) -> None:
-    (held,) = run_ranks(slow, 1, tmp_path, corpus, preload=PRELOAD)
+    (held,) = run_ranks(slow, 1, tmp_path, corpus, preload=TRAINING)
     assert len(held) == 6 and held[0] == 0 and held[1] > 0
     assert set(held[1:]) == {held[1]}  # one copy from the first save to the last
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))] == [

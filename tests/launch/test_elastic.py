@@ -14,7 +14,7 @@ from pretrain.config import ConfigError
 from pretrain.train import layout
 from tests.launch.supervised import begin, family, gone, journal, running, until
 from tests.pretrain.train.small_run import SETTINGS, configuration, losses, train_on_rank
-from tests.ranks import ROOT, free_port, run_ranks
+from tests.ranks import ROOT, TRAINING, free_port, run_ranks
 
 # In every rank: a step begins when the file GATE allows it for this number of ranks, or when the rank has been asked to leave.
 GATE = """
@@ -86,7 +86,7 @@ def test_two_ranks_one_two_with_the_same_batches(corpus: Path, tmp_path: Path) -
     assert {(end["host"], end["code"]) for end in ends[1:]} == {("127.0.0.1", 0), ("127.0.0.2", 0)}
     assert json.loads((run / "checkpoints/step_00000008/meta.json").read_text())["world"] == 2
     # The bound of a change of ranks in the middle: tests/pretrain/train/test_resume.py.
-    run_ranks(train_on_rank, 1, tmp_path / "alone", corpus, settings)
+    run_ranks(train_on_rank, 1, tmp_path / "alone", corpus, settings, preload=TRAINING)
     torch.testing.assert_close(losses(run), losses(tmp_path / "alone"), rtol=2e-5, atol=0)
 
 

@@ -16,13 +16,12 @@ import pytest
 from tests.launch.stand_ins import JOB_OF_SLURM, install
 from tests.launch.supervised import family, journal, running, until
 from tests.pretrain.train.small_run import SETTINGS, losses, train_on_rank
-from tests.ranks import QUIET, ROOT, free_port, run_ranks
+from tests.ranks import QUIET, ROOT, TRAINING, free_port, run_ranks
 
 MAIN = ["pretrain/main.py", "--config", "configs/runs/quickstart.yaml", *SETTINGS]
 JOB = ("train.steps=2", "train.precision=fp32", "mesh.ep=2")
 TENSOR = (*JOB, "mesh.tp=2")
 ZERO = (*JOB, "engine.kind=deepspeed")
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 NODES = ("127.0.0.1", "127.0.0.2")
 
 
@@ -43,7 +42,7 @@ def places(tmp_path: Path) -> dict[str, list[int]]:
 
 
 def on_one_node(run: Path, corpus: Path, overrides: tuple[str, ...], world: int = 4) -> list[float]:
-    run_ranks(train_on_rank, world, run, corpus, overrides, preload=PRELOAD)
+    run_ranks(train_on_rank, world, run, corpus, overrides, preload=TRAINING)
     return losses(run)
 
 
@@ -113,7 +112,7 @@ def test_slurm_on_two_nodes_saves_once_before_the_time_limit(
     ends = journal(run, "end")
     assert [(end["code"], end["why"]) for end in ends] == [(75, "stopped by SIGUSR1")] * 2
     assert sorted(end["host"] for end in ends) == list(NODES)
-    run_ranks(train_on_rank, 2, tmp_path / "one", corpus, endless, done, preload=PRELOAD)
+    run_ranks(train_on_rank, 2, tmp_path / "one", corpus, endless, done, preload=TRAINING)
     assert losses(run) == losses(tmp_path / "one")
 
 

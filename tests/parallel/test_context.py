@@ -29,13 +29,12 @@ RUNS: list[tuple[int, list[str], list[str]]] = [  # ranks, families, rows
     (4, ["mixer wide_attention", "mixer gated_delta_net", "mixer mamba", "ZAYA1"], ["many documents"]),
 ]
 CASES = [(run, family) for run in range(len(RUNS)) for family in RUNS[run][1]]
-PRELOAD = ("pretrain.model.decoder",)
 
 
 @cache
 def on_ranks(run: int) -> list[dict[tuple[str, str], dict[str, Tensor]]]:
     world, families, rows = RUNS[run]
-    return run_ranks(context_ranks.on_ranks, world, families, rows, torch.float64, preload=PRELOAD)
+    return run_ranks(context_ranks.on_ranks, world, families, rows, torch.float64)
 
 
 @cache
@@ -73,7 +72,7 @@ def test_every_family_is_cut_or_refused() -> None:
 
 def test_bf16_autocast_costs_no_more_accuracy_than_on_one_rank() -> None:
     families = ["mixer conv_attention", "mixer cca", "mixer gated_delta_net", "mixer mamba", "mixer mamba2"]
-    results = run_ranks(context_ranks.in_bf16, 2, families, preload=PRELOAD)
+    results = run_ranks(context_ranks.in_bf16, 2, families)
     for family in families:
         exact = alone(family, "many documents")
         with torch.autocast("cpu", torch.bfloat16):
@@ -96,7 +95,7 @@ def test_bf16_autocast_costs_no_more_accuracy_than_on_one_rank() -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_attention_by_either_exchange_and_any_window(world: int) -> None:
     rows, windows = list(ROWS), [None, 1, 2, 6, 7, 13, 30]  # chunks are of 12 and 6 tokens
-    results = run_ranks(context_ranks.attended, world, rows, windows, preload=PRELOAD)
+    results = run_ranks(context_ranks.attended, world, rows, windows)
     for name in rows:
         for window in windows:
             expected = attended_alone(name, window)
@@ -234,7 +233,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason() -> None:
 
 
 def test_input_that_does_not_fit_is_refused() -> None:
-    for texts in run_ranks(context_ranks.refused, 2, preload=PRELOAD):
+    for texts in run_ranks(context_ranks.refused, 2):
         starts = (
             "tokens has 2 rows, context parallelism cuts a single packed one",
             "cu_seqlens must rise from 0 to 16",

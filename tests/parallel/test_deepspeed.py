@@ -15,9 +15,8 @@ from parallel.engines.fragment import Fragment
 from parallel.grid import MeshConfig
 from tests.parallel import deepspeed_ranks
 from tests.pretrain.train.small_run import checkpoint_tensors, losses, train_on_rank
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset", "tests.parallel.tensor_ranks")
 SETTINGS = ("train.precision=fp32", "train.clip=0.5")
 
 
@@ -47,7 +46,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("one")
-    run_ranks(train_on_rank, 1, run, corpus, (*SETTINGS, "train.steps=4"), preload=PRELOAD)
+    run_ranks(train_on_rank, 1, run, corpus, (*SETTINGS, "train.steps=4"), preload=TRAINING)
     assert min(norms(run)) > 0.5  # so that every step is clipped
     return run
 
@@ -56,7 +55,7 @@ def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_agrees_with_one_rank(layout: str, one_rank: Path, corpus: Path, tmp_path: Path) -> None:
     """Sums in another order differ by rounding only."""
     world, overrides = LAYOUTS[layout]
-    run_ranks(train_on_rank, world, tmp_path, corpus, (*SETTINGS, "train.steps=4", *overrides), preload=PRELOAD)
+    run_ranks(train_on_rank, world, tmp_path, corpus, (*SETTINGS, "train.steps=4", *overrides), preload=TRAINING)
     torch.testing.assert_close(losses(tmp_path), losses(one_rank), rtol=2e-5, atol=0)
     torch.testing.assert_close(norms(tmp_path), norms(one_rank), rtol=1e-4, atol=0)
     same_tensors(tmp_path, one_rank, 4)
@@ -65,7 +64,7 @@ def test_training_agrees_with_one_rank(layout: str, one_rank: Path, corpus: Path
 def test_a_checkpoint_crosses_engines_and_layouts(corpus: Path, tmp_path: Path) -> None:
     """Six steps, each under another engine or layout, are those of one rank that was never interrupted."""
     settings = (*SETTINGS, "train.steps=6", "train.batch=6")
-    run_ranks(train_on_rank, 1, tmp_path / "one", corpus, settings, preload=PRELOAD)
+    run_ranks(train_on_rank, 1, tmp_path / "one", corpus, settings, preload=TRAINING)
     legs = (
         (3, zero(3)),  # no parameter's size is a multiple of three: partitions end in padding
         (2, ()),  # FSDP2
@@ -75,7 +74,7 @@ def test_a_checkpoint_crosses_engines_and_layouts(corpus: Path, tmp_path: Path) 
         (2, zero(3, "engine.keep_whole=1000")),  # small ones whole, others not
     )
     for step, (world, overrides) in enumerate(legs, start=1):
-        run_ranks(train_on_rank, world, tmp_path / "many", corpus, (*settings, *overrides), step, preload=PRELOAD)
+        run_ranks(train_on_rank, world, tmp_path / "many", corpus, (*settings, *overrides), step, preload=TRAINING)
     torch.testing.assert_close(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=2e-5, atol=0)
     same_tensors(tmp_path / "many", tmp_path / "one", 6)
 
@@ -85,8 +84,8 @@ MODELS = ["mixer mla", "ffn fused", "multi-token", "ZAYA1"]
 
 
 def test_zero3_gathers_whatever_a_model_reaches_for() -> None:
-    (alone,) = run_ranks(deepspeed_ranks.families, 1, MODELS, "torch", preload=PRELOAD)
-    first, second = run_ranks(deepspeed_ranks.families, 2, MODELS, "zero3", preload=PRELOAD)
+    (alone,) = run_ranks(deepspeed_ranks.families, 1, MODELS, "torch", preload=TRAINING)
+    first, second = run_ranks(deepspeed_ranks.families, 2, MODELS, "zero3", preload=TRAINING)
     for name, steps in alone.items():
         for (loss, norm), one, two in zip(steps, first[name], second[name], strict=True):
             assert one[0] + two[0] == pytest.approx(loss, rel=2e-6), name
@@ -95,14 +94,14 @@ def test_zero3_gathers_whatever_a_model_reaches_for() -> None:
 
 @pytest.mark.parametrize("where", ["blocks.1.ffn.gate_up", "norm.weight"])
 def test_one_number_that_is_not_finite_stops_all_ranks_and_both_optimizers(where: str) -> None:
-    for bad, good, counts in run_ranks(deepspeed_ranks.poisoned, 2, {"ep": 2}, where, preload=PRELOAD):
+    for bad, good, counts in run_ranks(deepspeed_ranks.poisoned, 2, {"ep": 2}, where, preload=TRAINING):
         assert bad == (math.inf, [])
         assert 0 < good[0] < math.inf and {"blocks.1.ffn.gate_up", "norm.weight", "embedding.weight"} <= set(good[1])
         assert counts == {1.0}  # the skipped step is not counted, by either
 
 
 def test_partitions_and_their_group() -> None:
-    for timeout, share in run_ranks(deepspeed_ranks.patience, 2, preload=PRELOAD):
+    for timeout, share in run_ranks(deepspeed_ranks.patience, 2, preload=TRAINING):
         assert timeout == 77  # the job's
         assert share == 0.5
 

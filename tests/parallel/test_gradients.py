@@ -13,7 +13,6 @@ from tests.parallel.gradient_ranks import in_half_precision, incomplete, one, po
 from tests.parallel.tensor_ranks import assemble
 from tests.ranks import run_ranks
 
-PRELOAD = ("tests.parallel.tensor_ranks",)
 LAYOUTS: list[tuple[str, dict[str, Any], bool]] = [
     # tp, the whole parameters over it, copies of key heads; with what FSDP2 shards
     ("one key head", {"tp": 2, "dp": 2}, True),
@@ -30,7 +29,7 @@ LAYOUTS: list[tuple[str, dict[str, Any], bool]] = [
 
 @pytest.mark.parametrize(("name", "sizes", "sharded"), LAYOUTS, ids=[f"{n}, {s}" for n, s, _ in LAYOUTS])
 def test_gradients_and_norm_are_those_of_one_rank(name: str, sizes: dict[str, Any], sharded: bool) -> None:
-    ranks = run_ranks(reduced, 4, name, sizes, sharded, preload=PRELOAD)
+    ranks = run_ranks(reduced, 4, name, sizes, sharded)
     whole, norm = one(name)
     found, expected = assemble([rank["gradient"] for rank in ranks]), assemble([whole])
     assert found.keys() == expected.keys()
@@ -43,17 +42,17 @@ def test_gradients_and_norm_are_those_of_one_rank(name: str, sizes: dict[str, An
 
 
 def test_one_number_that_is_not_finite_stops_all_ranks() -> None:
-    for norm, untouched in run_ranks(poisoned, 4, preload=PRELOAD):
+    for norm, untouched in run_ranks(poisoned, 4):
         assert norm == float("inf") and untouched
 
 
 def test_gradients_that_ranks_disagree_on_are_an_error() -> None:
-    messages = run_ranks(incomplete, 2, preload=PRELOAD)
+    messages = run_ranks(incomplete, 2)
     assert messages == ["only some ranks of the stage have a gradient of: norm.weight"] * 2
 
 
 def test_dtypes_may_differ() -> None:
-    for (whole, cut), norm, elements in run_ranks(in_half_precision, 2, preload=PRELOAD):
+    for (whole, cut), norm, elements in run_ranks(in_half_precision, 2):
         assert whole.tolist() == [3.0]
         assert len(cut) == 1  # this rank's own
         assert norm > elements**0.5

@@ -16,7 +16,6 @@ from tests.parallel.pipeline_ranks import Case, Outcome, alone, buffers_left, in
 from tests.pretrain.families import build
 from tests.ranks import run_ranks
 
-PRELOAD = ("pretrain.model.stage", "parallel.pipeline", "pretrain.data.batch", "torch.distributed.pipelining")
 ZAYA = ("ZAYA1", ["cca + zaya_moe x6"])
 KIMI = ("Kimi-Linear", ["kda + swiglu", "mla + moe", "kda + moe x2", "mla + moe"])
 QWEN = ("Qwen3-Next", ["gated_delta_net + moe_softmax x2", "gated_attention + moe_softmax x2"])
@@ -51,7 +50,7 @@ CASES = {
 @pytest.fixture(scope="module", params=list(CASES), ids=lambda world: f"{world} ranks")
 def outcomes(request: pytest.FixtureRequest) -> dict[str, tuple[Case, list[Outcome]]]:
     cases = CASES[request.param]
-    ranks = run_ranks(in_a_pipeline, request.param, list(cases.values()), preload=PRELOAD)
+    ranks = run_ranks(in_a_pipeline, request.param, list(cases.values()))
     return {name: (case, [rank[index] for rank in ranks]) for index, (name, case) in enumerate(cases.items())}
 
 
@@ -91,7 +90,7 @@ def test_stages_together_have_the_names_of_the_model_and_only_the_shared_table_t
 
 def test_nothing_received_is_kept_after_a_step() -> None:
     for schedule, counts in (("1f1b", (2, 2)), ("interleaved", (1, 1, 1, 1)), ("zbv", (1, 1, 1, 1))):
-        for rank in run_ranks(buffers_left, 2, Case(*QWEN, schedule, counts, 4), preload=PRELOAD):
+        for rank in run_ranks(buffers_left, 2, Case(*QWEN, schedule, counts, 4)):
             assert rank and all(size == 0 for size, _ in rank)
             assert sum(numbers for _, numbers in rank) > 1000  # the places are there
 
@@ -231,7 +230,7 @@ def test_too_few_micro_batches_are_refused_with_the_field_to_change() -> None:
     Plan.of("interleaved", 2, [1.0] * 8).check(3)
     Plan.of("zbv", 4, [1.0] * 8).check(1)
     case = Case(*QWEN, "1f1b", (2, 2), 2)
-    for text in run_ranks(refused, 2, case, 1, (24,), preload=PRELOAD):
+    for text in run_ranks(refused, 2, case, 1, (24,)):
         assert "at least 2 micro-batches" in text
-    for text in run_ranks(refused, 2, case, 2, (24, 23), preload=PRELOAD):
+    for text in run_ranks(refused, 2, case, 2, (24, 23)):
         assert text == "micro-batches of [23, 24] tokens: a pipeline needs them all of one length"

@@ -21,8 +21,6 @@ from tests.parallel.tensor_ranks import assemble, mesh_of
 from tests.pretrain.families import build
 from tests.ranks import run_ranks
 
-PRELOAD = ("tests.parallel.tensor_ranks",)
-
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, Tensor]]]:
@@ -30,14 +28,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, di
     found = {}
     for name, (world, sizes) in LAYOUTS.items():
         folder = str(tmp_path_factory.mktemp("run") / "checkpoints")
-        found[name] = (folder, assemble(run_ranks(save, world, sizes, folder, preload=PRELOAD)))
+        found[name] = (folder, assemble(run_ranks(save, world, sizes, folder)))
     return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_reads_what_any_layout_wrote(layout: str, written: dict[str, Any]) -> None:
     world, sizes = LAYOUTS[layout]
-    ranks = run_ranks(load, world, sizes, {name: folder for name, (folder, _) in written.items()}, preload=PRELOAD)
+    ranks = run_ranks(load, world, sizes, {name: folder for name, (folder, _) in written.items()})
     for name, (_, expected) in written.items():
         found = assemble([rank[name] for rank in ranks])
         assert found.keys() == expected.keys()
@@ -73,7 +71,7 @@ def test_commands_work_on_every_layout(written: dict[str, Any], capsys: pytest.C
 
 
 def test_whole_tensors_and_other_shares_fill_a_share() -> None:
-    found = assemble(run_ranks(copies, 2, preload=PRELOAD))
+    found = assemble(run_ranks(copies, 2))
     for name, tensor in model_tensors(build("mixer attention", 0, **CHANGES)).items():
         assert torch.equal(found[name], tensor), name
 

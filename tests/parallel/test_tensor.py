@@ -11,13 +11,11 @@ import torch
 from tests.parallel.tensor_ranks import NAMES, assemble, run_split, run_whole
 from tests.ranks import run_ranks
 
-PRELOAD = ("tests.parallel.tensor_ranks",)
-
 
 @cache
 def split(tp: int) -> list[dict[str, dict[str, Any]]]:
     """Each rank's results: all families in one go, for processes take longer to start than these models to run."""
-    return run_ranks(run_split, tp, NAMES, timeout=300, preload=PRELOAD)
+    return run_ranks(run_split, tp, NAMES, timeout=300)
 
 
 @cache

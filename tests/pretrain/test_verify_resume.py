@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,10 +18,9 @@ from pretrain.verify_resume import compare
 from pretrain.verify_resume.__main__ import main
 from pretrain.verify_resume.proof import RunFailed, Start, prove
 from pretrain.verify_resume.worker import Task, work
-from tests.pretrain.train.small_run import SETTINGS, configuration
-from tests.ranks import QUIET, ROOT, Died, run_ranks
+from tests.pretrain.train.small_run import SETTINGS, configuration, quick
+from tests.ranks import TRAINING, Died, run_ranks
 
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 ZERO2 = ("engine.kind=deepspeed", "engine.stage=2")
 PIPELINE = ("mesh.pp=2",)
 
@@ -69,7 +66,7 @@ FAULTS = {
 
 
 def on_rank(rank: int, world: int, task: Task, fault: str) -> int:
-    with FAULTS[fault if task.arrival else "none"]():
+    with FAULTS[fault if task.arrival else "none"](), quick():
         return work(task)
 
 
@@ -78,7 +75,7 @@ def forked(fault: str = "none") -> Start:
 
     def start(task: Task, ranks: int) -> list[int]:
         may_die = range(ranks) if task.kill_after else ()
-        ends = run_ranks(on_rank, ranks, task, fault, may_die=may_die, preload=PRELOAD)
+        ends = run_ranks(on_rank, ranks, task, fault, may_die=may_die, preload=TRAINING)
         return [end.exitcode if isinstance(end, Died) else end for end in ends]
 
     return start
@@ -212,16 +209,14 @@ def test_fields_are_compared_exactly() -> None:
     ]
 
 
-def test_the_command(corpus: Path, tmp_path: Path) -> None:
-    """Real processes, as people start it."""
-    command = [
-        sys.executable, "-m", "pretrain.verify_resume", "--config", "configs/runs/quickstart.yaml",
-        "--steps", "4", "--at", "2", *SETTINGS, f"run={tmp_path / 'run'}", f"data.path={corpus}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env={**QUIET, **os.environ}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "resumed equals uninterrupted, bit for bit"
-    assert "4 records: equal bit for bit" in done.stdout and list(tmp_path.iterdir()) == []
+def test_the_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With warm ranks; in processes of its own: the command of README.md, on two ranks."""
+    arguments = ["--config", "configs/runs/quickstart.yaml", "--steps", "4", "--at", "2", *SETTINGS]
+    with mock.patch("pretrain.verify_resume.proof.prove", partial(prove, start=forked())):
+        assert main([*arguments, f"run={tmp_path / 'run'}", f"data.path={corpus}"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "resumed equals uninterrupted, bit for bit"
+    assert "4 records: equal bit for bit" in said and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

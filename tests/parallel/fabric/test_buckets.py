@@ -11,7 +11,7 @@ from parallel.engines import DeepSpeedConfig, TorchConfig
 from parallel.engines.units import units
 from tests.parallel.fabric import bucket_ranks
 from tests.parallel.fabric.bucket_ranks import LAYERS, block_bytes, gradient_bytes
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
 
 def steps(*configs: Any, sizes: dict[str, int] | None = None, preload: tuple[str, ...] = ()) -> Any:
@@ -54,7 +54,7 @@ def test_replicas_sum_in_buckets() -> None:
 def test_deepspeed_fills_buckets_up_to_the_size() -> None:
     bucket = 10_000
     configs = [DeepSpeedConfig(), *(DeepSpeedConfig(stage=stage, bucket_bytes=bucket) for stage in (1, 2, 3))]
-    found = steps(*configs, preload=("deepspeed",))
+    found = steps(*configs, preload=TRAINING)
     same_training(found)
     whole, *cuts = ([size for name, size in seen if "reduce" in name and size > 64] for _, _, seen in found)
     assert len(whole) == 1

@@ -13,7 +13,7 @@ import torch
 
 from pretrain.checkpoint.errors import NoLoadableCheckpoint
 from pretrain.checkpoint.lifecycle import Checkpoints
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
 Damage = Callable[[Path], None]
 STEPS = (10, 20, 30)
@@ -173,8 +173,7 @@ def test_two_ranks_say_it_once_and_refuse_alike(saved: Path, tmp_path: Path) -> 
 
 
 def job(rank: int, world: int, run: Path, corpus: Path, strict: bool) -> int:
-    from pretrain.train.loop import train
-    from tests.pretrain.train.small_run import configuration
+    from tests.pretrain.train.small_run import configuration, train
 
     try:
         return train(configuration(run, corpus, "train.steps=2", "checkpoint.every=1", f"checkpoint.strict={strict}"))
@@ -183,10 +182,10 @@ def job(rank: int, world: int, run: Path, corpus: Path, strict: bool) -> int:
 
 
 def test_a_job_with_strict_ends_with_78(corpus: Path, tmp_path: Path) -> None:
-    preload = ("deepspeed", "megatron.core.datasets.indexed_dataset")
-    assert run_ranks(job, 1, tmp_path, corpus, True, preload=preload) == [0]
+
+    assert run_ranks(job, 1, tmp_path, corpus, True, preload=TRAINING) == [0]
     newest = tmp_path / "checkpoints" / "step_00000002"
     flipped("00000.data", 1)(newest)
-    assert run_ranks(job, 1, tmp_path, corpus, True, preload=preload) == [78]
-    assert run_ranks(job, 1, tmp_path, corpus, False, preload=preload) == [0]  # from step 1, which is whole
+    assert run_ranks(job, 1, tmp_path, corpus, True, preload=TRAINING) == [78]
+    assert run_ranks(job, 1, tmp_path, corpus, False, preload=TRAINING) == [0]  # from step 1, which is whole
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002.2\n"

@@ -11,9 +11,7 @@ from pretrain.estimate.layout import Collective, rank_costs
 from pretrain.estimate.model import ModelCosts
 from tests.pretrain.estimate.estimate_ranks import Key, Seen, step
 from tests.pretrain.estimate.settings import config
-from tests.ranks import run_ranks
-
-DEEPSPEED = ("deepspeed",)
+from tests.ranks import TRAINING, run_ranks
 
 # name: (model, ranks, sections of the run)
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -81,7 +79,7 @@ def test_against_a_real_engine(name: str) -> None:
     model, world, sections = LAYOUTS[name]
     run = config(model, **sections)
     raw = run.model_dump(mode="json")
-    preload = DEEPSPEED if run.engine.kind == "deepspeed" else ()
+    preload = TRAINING if run.engine.kind == "deepspeed" else ()
     seen: list[Seen] = run_ranks(step, world, raw, preload=preload)
     grid = run.mesh.grid(world)
     costs = rank_costs(ModelCosts.of(run), run, grid)

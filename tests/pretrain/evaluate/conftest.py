@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.exit import PREEMPTED
-from pretrain.train.loop import train
-from tests.pretrain.train.small_run import StopAfter, configuration
+from tests.pretrain.train.small_run import StopAfter, configuration, train
 
 
 @pytest.fixture(scope="session")

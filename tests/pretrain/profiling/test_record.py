@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.profiling.attribution import PHASES
-from pretrain.train.loop import train
-from tests.pretrain.train.small_run import configuration, records
-from tests.ranks import run_ranks
+from tests.pretrain.train.small_run import configuration, records, train
+from tests.ranks import TRAINING, run_ranks
 
 SETTINGS = ("profile.start=3", "profile.steps=2", "profile.ranks=all", "train.steps=5")
 
@@ -24,7 +23,7 @@ def go(rank: int, world: int, run: Path, corpus: Path, overrides: tuple[str, ...
 
 @pytest.mark.parametrize("ways", [(), ("mesh.pp=2",)], ids=["fsdp", "pipeline"])
 def test_a_profiled_run(corpus: Path, tmp_path: Path, ways: tuple[str, ...]) -> None:
-    assert run_ranks(go, 2, tmp_path / "run", corpus, (*SETTINGS, *ways)) == [0, 0]
+    assert run_ranks(go, 2, tmp_path / "run", corpus, (*SETTINGS, *ways), preload=TRAINING) == [0, 0]
     folder = tmp_path / "run/profile"
     expected = {f"step_00000003.rank_{r}.{kind}" for r in (0, 1) for kind in ("json", "txt", "png", "trace.json.gz")}
     assert {file.name for file in folder.iterdir()} == expected
@@ -55,7 +54,7 @@ def said(rank: int, world: int, run: Path, corpus: Path, overrides: tuple[str, .
 
 def test_a_start_that_is_past_is_said(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert run_ranks(go, 1, run, corpus, ("train.steps=2",)) == [0]
-    (text,) = run_ranks(said, 1, run, corpus, ("train.steps=3", "profile.start=2"))
+    assert run_ranks(go, 1, run, corpus, ("train.steps=2",), preload=TRAINING) == [0]
+    (text,) = run_ranks(said, 1, run, corpus, ("train.steps=3", "profile.start=2"), preload=TRAINING)
     assert "profile: step 2 is past (the run is at 2); nothing is profiled" in text
     assert not (run / "profile").exists()

@@ -15,15 +15,12 @@ from parallel.layout import local
 from pretrain.exit import Exit
 from pretrain.model.router import Router
 from pretrain.model.stage import Stages
-from pretrain.train import loop
 from pretrain.train.callback import Callback, Run
 from pretrain.train.faults.events import FILE
-from pretrain.train.plot import LossCurve
 from pretrain.train.validation import Validation
-from tests.pretrain.train.small_run import StopAfter, checkpoint_tensors, configuration, records
-from tests.ranks import run_ranks
+from tests.pretrain.train.small_run import StopAfter, checkpoint_tensors, configuration, records, train
+from tests.ranks import TRAINING, run_ranks
 
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset", "pretrain.train.loop", "rich.progress", "xxhash")
 COMMON = (
     "train.precision=fp32",
     "checkpoint.every=1",
@@ -143,13 +140,10 @@ def job(
     rank: int, world: int, run: Path, corpus: Path, overrides: tuple[str, ...], callbacks: list[Callback]
 ) -> tuple[int | str, Any]:
     """(exit code or the text of an Exit with its code, what Seen saw)."""
-    # What these tests do not look at, and takes longer than all the steps.
-    for slow in (LossCurve, Validation):
-        slow.on_end = lambda self, run: None  # type: ignore[method-assign]
-    loop._peaks = lambda run: (None, 1.0, None)
+    Validation.on_end = lambda self, run: None  # type: ignore[method-assign]  # which these tests do not look at
     seen = next((one.first for one in callbacks if isinstance(one, Seen)), None)
     try:
-        return loop.train(configuration(run, corpus, *COMMON, *overrides), callbacks), seen
+        return train(configuration(run, corpus, *COMMON, *overrides), callbacks), seen
     except Exit as error:
         return f"{error.exit_code}: {error}", seen
 
@@ -164,7 +158,7 @@ def go(
 ) -> list[Any]:
     """Runs a job; the ranks' answers, which must be alike. Returns [answer, what each rank's Seen saw...]."""
     extra = [*(callbacks or []), *([StopAfter(stop)] if stop is not None else [])]
-    found = run_ranks(job, world, run, corpus, overrides, extra, preload=PRELOAD)
+    found = run_ranks(job, world, run, corpus, overrides, extra, preload=TRAINING)
     assert len({answer for answer, _ in found}) == 1, found
     return [found[0][0], *(seen for _, seen in found)]
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from pretrain.config import RunConfig, load
+from pretrain.train import loop
 from pretrain.train.callback import Callback, Run
-from pretrain.train.loop import train
+from pretrain.train.plot import LossCurve
 
 SETTINGS = [
     "model.width=32",
@@ -43,6 +47,23 @@ class StopAfter(Callback):
     def on_step(self, run: Run) -> None:
         if run.step == self.step:
             run.stop = "preempted"
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """Runs without the loss curve and without measuring the machine, which take longer than all the steps. That a run does
+    both is shown once, in tests/pretrain/test_main.py.
+    """
+    with (
+        patch.object(LossCurve, "on_end", lambda self, run: None),
+        patch.object(loop, "_peaks", lambda run: (None, 1.0, None)),
+    ):
+        yield
+
+
+def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
+    with quick():
+        return loop.train(config, extra)
 
 
 def train_on_rank(

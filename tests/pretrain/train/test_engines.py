@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from tests.pretrain.train.small_run import checkpoint_tensors, losses, records, train_on_rank
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 # Enough layers for four stages, and all that travels between them: routers' states, auxiliary losses, the token after next.
 DEEP = (
     "model.layers=[gdn + moe, attention + zaya x2]",
@@ -71,7 +70,7 @@ def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     @cache
     def of(model: tuple[str, ...]) -> Path:
         run = tmp_path_factory.mktemp("one")
-        run_ranks(train_on_rank, 1, run, corpus, (STEPS, "train.precision=fp32", *model), preload=PRELOAD)
+        run_ranks(train_on_rank, 1, run, corpus, (STEPS, "train.precision=fp32", *model), preload=TRAINING)
         return run
 
     return of
@@ -82,7 +81,7 @@ def test_fp32_training_agrees_with_one_rank(layout: str, one_rank: Any, corpus: 
     """Sums in another order differ by rounding only: losses to 2e-5 and weights to 1e-4 of their scale after four steps."""
     world, overrides = LAYOUTS[layout]
     alone = one_rank(tuple(override for override in overrides if override.startswith("model.")))
-    run_ranks(train_on_rank, world, tmp_path, corpus, (STEPS, "train.precision=fp32", *overrides), preload=PRELOAD)
+    run_ranks(train_on_rank, world, tmp_path, corpus, (STEPS, "train.precision=fp32", *overrides), preload=TRAINING)
     for ours, theirs in zip(records(tmp_path), records(alone), strict=True):
         torch.testing.assert_close(
             [ours["loss"], ours["grad_norm"]], [theirs["loss"], theirs["grad_norm"]], rtol=2e-5, atol=0
@@ -104,10 +103,10 @@ def test_a_run_goes_on_through_pipelines(one_rank: Any, corpus: Path, tmp_path: 
     """A pipeline in a V, one rank, another pipeline: the same losses as one rank all along."""
     alone, fp32 = one_rank(DEEP), (STEPS, "train.precision=fp32", *DEEP)
     pipeline = ("mesh.pp=2", "mesh.pp_schedule=zbv")
-    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, *pipeline), 1, preload=PRELOAD)
-    run_ranks(train_on_rank, 1, tmp_path, corpus, fp32, 2, preload=PRELOAD)
-    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, *pipeline), 3, preload=PRELOAD)
-    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, "mesh.pp=2"), preload=PRELOAD)
+    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, *pipeline), 1, preload=TRAINING)
+    run_ranks(train_on_rank, 1, tmp_path, corpus, fp32, 2, preload=TRAINING)
+    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, *pipeline), 3, preload=TRAINING)
+    run_ranks(train_on_rank, 2, tmp_path, corpus, (*fp32, "mesh.pp=2"), preload=TRAINING)
     torch.testing.assert_close(losses(tmp_path), losses(alone), rtol=2e-5, atol=0)
 
 
@@ -116,7 +115,7 @@ def test_bf16_training_agrees_with_one_rank(corpus: Path, tmp_path: Path) -> Non
     runs = {"one": (1, ()), "fsdp2": (2, ()), "zero2": (2, ("engine.kind=deepspeed",))}
     curves = {}
     for name, (world, overrides) in runs.items():
-        run_ranks(train_on_rank, world, tmp_path / name, corpus, (STEPS, *overrides), preload=PRELOAD)
+        run_ranks(train_on_rank, world, tmp_path / name, corpus, (STEPS, *overrides), preload=TRAINING)
         curves[name] = losses(tmp_path / name)
     torch.testing.assert_close(curves["fsdp2"], curves["one"], rtol=1e-2, atol=0)
     torch.testing.assert_close(curves["zero2"], curves["one"], rtol=1e-2, atol=0)

@@ -14,12 +14,9 @@ import torch
 from pretrain.exit import NUMERICAL, Exit
 from pretrain.model.stage import Stages
 from pretrain.train.callback import Callback, Run
-from pretrain.train.loop import train
 from pretrain.train.signals import Preempted, Signals
-from tests.pretrain.train.small_run import checkpoint_tensors, configuration
-from tests.ranks import run_ranks
-
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
+from tests.pretrain.train.small_run import checkpoint_tensors, configuration, train
+from tests.ranks import TRAINING, run_ranks
 
 
 class Poison(Callback):
@@ -56,7 +53,7 @@ def test_a_step_with_nan_on_one_rank_is_skipped_by_all(
     world: int, overrides: tuple[str, ...], corpus: Path, tmp_path: Path
 ) -> None:
     arguments = ("train.steps=4", "checkpoint.every=1", "checkpoint.keep=10", *overrides)
-    assert run_ranks(poisoned, world, tmp_path, corpus, {3}, arguments, preload=PRELOAD) == [0] * world
+    assert run_ranks(poisoned, world, tmp_path, corpus, {3}, arguments, preload=TRAINING) == [0] * world
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (records[2]["loss"] is None) == ("mesh.pp=2" not in overrides) and records[2]["grad_norm"] is None
     assert records[3]["loss"] is not None
@@ -68,7 +65,7 @@ def test_a_step_with_nan_on_one_rank_is_skipped_by_all(
 
 def test_persistent_nan_ends_with_79_and_keeps_the_checkpoint(corpus: Path, tmp_path: Path) -> None:
     arguments = ("train.steps=50", "checkpoint.every=2", "train.bad_steps=3")
-    assert run_ranks(poisoned, 1, tmp_path, corpus, set(range(4, 60)), arguments, preload=PRELOAD) == [str(NUMERICAL)]
+    assert run_ranks(poisoned, 1, tmp_path, corpus, set(range(4, 60)), arguments, preload=TRAINING) == [str(NUMERICAL)]
     records = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(records) == 5  # three good steps and two skipped ones; the sixth ended the run
     tensors = checkpoint_tensors(tmp_path / "checkpoints/step_00000002")
@@ -83,9 +80,9 @@ def clipped(rank: int, world: int, run: Path, corpus: Path, clip: str) -> int:
 
 def test_clipping_limits_the_update_and_reports_the_norm_before_it(corpus: Path, tmp_path: Path) -> None:
     """With a large eps an AdamW update is proportional to the gradient, so a clip to half the norm halves the update."""
-    run_ranks(clipped, 1, tmp_path / "free", corpus, "null", preload=PRELOAD)
+    run_ranks(clipped, 1, tmp_path / "free", corpus, "null", preload=TRAINING)
     norm = json.loads((tmp_path / "free/metrics.jsonl").read_text().splitlines()[0])["grad_norm"]
-    run_ranks(clipped, 1, tmp_path / "half", corpus, str(norm / 2), preload=PRELOAD)
+    run_ranks(clipped, 1, tmp_path / "half", corpus, str(norm / 2), preload=TRAINING)
     moments = [checkpoint_tensors(tmp_path / name / "checkpoints/step_00000002") for name in ("free", "half")]
     first = json.loads((tmp_path / "half/metrics.jsonl").read_text().splitlines()[0])
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-6)
@@ -132,7 +129,7 @@ def failing_saves(rank: int, world: int, run: Path, corpus: Path, failures: int)
 
 
 def test_training_goes_on_after_a_failed_save(corpus: Path, tmp_path: Path) -> None:
-    left = run_ranks(failing_saves, 2, tmp_path, corpus, 2, preload=PRELOAD)
+    left = run_ranks(failing_saves, 2, tmp_path, corpus, 2, preload=TRAINING)
     assert (
         left == [["latest", "step_00000003", "step_00000004", "step_00000005"]] * 2
         or left == [["latest", "step_00000004", "step_00000005"]] * 2
@@ -140,6 +137,6 @@ def test_training_goes_on_after_a_failed_save(corpus: Path, tmp_path: Path) -> N
 
 
 def test_a_run_that_cannot_save_ends_with_the_reason_on_every_rank(corpus: Path, tmp_path: Path) -> None:
-    texts = run_ranks(failing_saves, 2, tmp_path, corpus, 100, preload=PRELOAD)
+    texts = run_ranks(failing_saves, 2, tmp_path, corpus, 100, preload=TRAINING)
     assert all("No space left on device" in text and "rank 1" in text for (text,) in texts)
     assert list((tmp_path / "checkpoints").iterdir()) == []

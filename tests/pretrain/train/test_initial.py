@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from pretrain.config import ConfigError
-from pretrain.train.loop import train
-from tests.pretrain.train.small_run import StopAfter, checkpoint_tensors, configuration, losses, train_on_rank
-from tests.ranks import run_ranks
+from tests.pretrain.train.small_run import StopAfter, checkpoint_tensors, configuration, losses, train, train_on_rank
+from tests.ranks import TRAINING, run_ranks
 
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 SHORT = ("train.steps=2", "train.precision=fp32", "checkpoint.every=1", "checkpoint.keep=5")
 STILL = ("optimizer.lr=1e-30",)
 
@@ -55,7 +53,7 @@ def test_two_ranks_begin_where_one_does(first: Path, corpus: Path, tmp_path: Pat
     settings = (*SHORT, f"train.initial={first}")
     zero = ("engine.kind=deepspeed", "engine.stage=2")
     assert train(configuration(tmp_path / "one", corpus, *settings)) == 0
-    run_ranks(train_on_rank, 2, tmp_path / "zero", corpus, (*settings, *zero), preload=PRELOAD)
+    run_ranks(train_on_rank, 2, tmp_path / "zero", corpus, (*settings, *zero), preload=TRAINING)
     expected = losses(tmp_path / "one")
     torch.testing.assert_close(losses(tmp_path / "zero"), expected, rtol=2e-5, atol=0)
     assert abs(losses(first)[0] - expected[0]) > 1e-3  # not where untrained weights begin

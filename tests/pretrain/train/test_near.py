@@ -22,11 +22,9 @@ from pretrain.checkpoint.near.config import NearConfig
 from pretrain.checkpoint.near.tier import Tier
 from pretrain.train import near as train_near
 from pretrain.train.callback import Callback, Run
-from pretrain.train.loop import train
-from tests.pretrain.train.small_run import checkpoint_tensors, configuration, losses, train_on_rank
-from tests.ranks import Died, run_ranks
+from tests.pretrain.train.small_run import checkpoint_tensors, configuration, losses, train, train_on_rank
+from tests.ranks import TRAINING, Died, run_ranks
 
-PRELOAD = ("deepspeed", "megatron.core.datasets.indexed_dataset")
 SETTINGS = ("checkpoint.every=100", "checkpoint.background=false", "train.steps=6")
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "FSDP2": (),
@@ -81,12 +79,15 @@ def equal_ends(a: Path, b: Path) -> bool:
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with FSDP2, without near saves."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert run_ranks(train_on_rank, 2, run, corpus, SETTINGS, preload=PRELOAD) == [0, 0]
+    assert run_ranks(train_on_rank, 2, run, corpus, SETTINGS, preload=TRAINING) == [0, 0]
     return run
 
 
 def killed(run: Path, corpus: Path, *overrides: str) -> None:
-    assert run_ranks(near_run, 2, run, corpus, overrides, True, may_die=[0, 1], preload=PRELOAD) == [Died(-9), Died(-9)]
+    assert run_ranks(near_run, 2, run, corpus, overrides, True, may_die=[0, 1], preload=TRAINING) == [
+        Died(-9),
+        Died(-9),
+    ]
     assert not list((run / "checkpoints").glob("step_0000000[456]"))
 
 
@@ -94,7 +95,7 @@ def resumed(world: int, run: Path, corpus: Path, *overrides: str, full: bool = F
     """Goes on to the end; what it printed. Nothing may be left in near memory."""
     printed = run.with_name("printed")
     printed.unlink()
-    assert run_ranks(near_run, world, run, corpus, overrides, False, full, preload=PRELOAD) == [0] * world
+    assert run_ranks(near_run, world, run, corpus, overrides, False, full, preload=TRAINING) == [0] * world
     assert len(losses(run)) == 6
     assert [list(folder.iterdir()) for folder in hosts(run)[:world]] == [[]] * world
     assert not (run / "checkpoints/near.json").exists()
@@ -110,7 +111,7 @@ def test_killed_and_resumed_from_near_memory_equals_uninterrupted(
     overrides, run = LAYOUTS[layout], tmp_path / "run"
     if overrides:
         whole = tmp_path / "whole"
-        assert run_ranks(train_on_rank, 2, whole, corpus, (*SETTINGS, *overrides), preload=PRELOAD) == [0, 0]
+        assert run_ranks(train_on_rank, 2, whole, corpus, (*SETTINGS, *overrides), preload=TRAINING) == [0, 0]
     killed(run, corpus, *overrides)
     saved = (run / "checkpoints/step_00000003").exists()
     if not saved:

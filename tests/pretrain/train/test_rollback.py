@@ -13,7 +13,6 @@ from pretrain.data.loader import Loader
 from pretrain.data.store import Corpus
 from pretrain.train.callback import Callback, Run
 from tests.pretrain.train.fault_runs import (
-    PRELOAD,
     SPIKES,
     Damage,
     Seen,
@@ -27,7 +26,7 @@ from tests.pretrain.train.fault_runs import (
     state,
 )
 from tests.pretrain.train.small_run import records
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
 ROLLBACK = (*SPIKES, "faults.spike=rollback", "faults.rewind=2", "checkpoint.every=2", "train.steps=8")
 BATCH = 4
@@ -92,7 +91,7 @@ def test_a_rollback_equals_a_run_that_never_had_the_data(
     assert meta(run, 8)["data"]["skipped"] == [[16, 24]] and meta(run, 8)["data"]["sequences"] == 32
     assert meta(run, 8)["faults"]["rollbacks"] == 1 and meta(run, 8)["tokens"] == 8 * BATCH * 32
     arguments = (clean, corpus, (*ROLLBACK, *overrides), [])
-    assert run_ranks(never_had_them, 2, *arguments, preload=PRELOAD) == [(0, None)] * 2
+    assert run_ranks(never_had_them, 2, *arguments, preload=TRAINING) == [(0, None)] * 2
     assert curve(run) == curve(clean) and different(state(run, 8), state(clean, 8)) == []
     assert meta(run, 8)["faults"]["window"] == meta(clean, 8)["faults"]["window"]
 

@@ -14,9 +14,8 @@ from pretrain import load
 from pretrain.config import ConfigError
 from pretrain.data.opening import loader_of, open_sources
 from pretrain.train import save
-from pretrain.train.loop import train
-from tests.pretrain.train.small_run import StopAfter, checkpoint_tensors, configuration, losses, records
-from tests.ranks import run_ranks
+from tests.pretrain.train.small_run import StopAfter, checkpoint_tensors, configuration, losses, records, train
+from tests.ranks import TRAINING, run_ranks
 
 STAGED = (
     "data.stages=[{tokens: 250, batch: 8}, {tokens: 600, sequence_length: 64, micro_batch: 2, rope_theta: 500000, "
@@ -42,7 +41,7 @@ def test_a_run_through_stages(corpus: Path, tmp_path: Path) -> None:
     twin.symlink_to(corpus)
     ways = blend(corpus, twin)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_ranks(go, 1, whole, corpus, ways) == [0]
+    assert run_ranks(go, 1, whole, corpus, ways, preload=TRAINING) == [0]
     # Steps of 4 x 32 tokens; from step 2 on, after 256 tokens, of 8 x 32; from step 4 on, after 768, of 8 x 64.
     assert [record["tokens"] for record in records(whole)] == [128, 256, 512, 768, 1280, 1792]
     assert len(records(whole)[0]["epochs"]) == 2
@@ -59,8 +58,8 @@ def test_a_run_through_stages(corpus: Path, tmp_path: Path) -> None:
     model, _ = load(str(whole))
     assert {module.rope_theta for module in model.modules() if hasattr(module, "rope_theta")} == {500000.0}
     # Two ranks, stopped between two borders, and then one rank again.
-    assert run_ranks(go, 2, broken, corpus, ways, 3) == [75] * 2
-    assert run_ranks(go, 1, broken, corpus, ways) == [0]
+    assert run_ranks(go, 2, broken, corpus, ways, 3, preload=TRAINING) == [75] * 2
+    assert run_ranks(go, 1, broken, corpus, ways, preload=TRAINING) == [0]
     torch.testing.assert_close(losses(broken), losses(whole), rtol=2e-5, atol=0)
     a, b = (checkpoint_tensors(folder / "checkpoints/step_00000006") for folder in (whole, broken))
     for name in a:

@@ -16,9 +16,8 @@ from pretrain.data.opening import open_sources
 from pretrain.data.tokenizer import fingerprint
 from pretrain.data.vocabulary import train as train_vocabulary
 from pretrain.loading import load
-from pretrain.train.loop import train
 from pretrain.train.save import _identities
-from tests.pretrain.train.small_run import StopAfter, configuration
+from tests.pretrain.train.small_run import StopAfter, configuration, train
 
 SHORT = ("train.steps=2", "train.precision=fp32", "checkpoint.every=1", "checkpoint.keep=5")
 

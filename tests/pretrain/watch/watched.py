@@ -26,10 +26,10 @@ from typing import Any
 
 from tests.pretrain.train.small_run import SETTINGS
 from tests.pretrain.watch.plan import At, run
-from tests.ranks import PRELOAD, QUIET, free_port
+from tests.ranks import PRELOAD, QUIET, TRAINING, free_port
 
 WAIT = 60.0  # seconds for anything that is sure to happen
-MODULES = (*PRELOAD, "deepspeed", "megatron.core.datasets.indexed_dataset", "pretrain.train.loop")
+MODULES = (*PRELOAD, *TRAINING)
 
 
 @dataclass(frozen=True)
