@@ -48,6 +48,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable object), in the order of ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
     def sum(self, values: Iterable[float]) -> list[float]:
         """Elementwise sums over ranks, in fp64: the same numbers on every rank."""
         total = torch.tensor(list(values), dtype=torch.float64, device=self.device)

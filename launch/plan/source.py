@@ -140,11 +140,11 @@ def _of_model(
 def _with_vocabulary(config: RunConfig, path: Path) -> RunConfig:
     if config.model.vocabulary is not None:
         return config
-    from pretrain.data.store import Corpus  # which imports much, and only to read one number
+    from pretrain.data.opening import vocabulary_size  # which imports much, and only to read one number
     from pretrain.train.build import with_vocabulary
 
     try:
-        size = Corpus.open(config.data.path, tokenizer=config.data.tokenizer).vocabulary_size
+        size = vocabulary_size(config.data)
     except Exception as error:
         raise ConfigError(
             f"{path}: model.vocabulary is left to the data's tokenizer: {error} (or say model.vocabulary=N here)"

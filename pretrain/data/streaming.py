@@ -23,7 +23,7 @@ from pretrain.data.streaming_units import Policy, Units
 from pretrain.data.tokenizer import Tokenizer
 
 MOST_LANES = 256
-_TRIED = 8  # units that are looked at when a source is opened
+_TRIED = 8  # units, and rows of them, that are looked at when a source is opened
 
 
 class TextSource:
@@ -77,11 +77,12 @@ def open_text(source: SourceConfig, tokenizer: Path, skip_bad: bool) -> TextSour
     units = _units(source.path, source.stream, Policy(source.stream.text_field, skip_bad))
     found = TextSource(source.path, units, tokenizer, shuffle=source.stream.shuffle, lanes=source.stream.lanes)
     # A wrong field is a matter of the configuration, and better said now than after every row was left out.
-    first = list(islice((block for unit in range(min(units.count, _TRIED)) for block in units.blocks(unit, 0)), _TRIED))
-    if any(block.bad for block in first) and not any(block.texts for block in first):
+    blocks = (block for unit in range(min(units.count, _TRIED)) for block in islice(units.blocks(unit, 0), 1))
+    rows = list(islice(((block, row) for block in blocks for row in range(len(block))), _TRIED))
+    if rows and all(block.read(row) is None for block, row in rows):
         raise DataError(
-            f"{source.path}: none of the first {sum(block.bad for block in first)} rows is readable as "
-            f"{source.stream.format} with text in {source.stream.text_field!r}; correct stream.format or stream.text_field"
+            f"{source.path}: none of the first {len(rows)} rows is readable as {source.stream.format} with text in "
+            f"{source.stream.text_field!r}; correct stream.format or stream.text_field"
         )
     return found
 

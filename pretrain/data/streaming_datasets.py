@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,10 @@ class Dataset:
                 raise DataError(
                     f"{where} and those after it cannot be fetched: {_short(error)}; run again when they can be"
                 ) from error
-            block = Block()
-            what = f"{where} and those after it in the shard are not readable: {_short(error)}"
-            self.policy.bad(block, what, "mend the file")
-            yield block
+            self.policy.bad(
+                f"{where} and those after it in the shard are not readable: {_short(error)}", "mend the file"
+            )
+            yield Block(bad=1)
 
     def _column(self, table: Any) -> list[Any]:
         if self.policy.text_field not in table.column_names:
@@ -112,10 +113,10 @@ class Dataset:
         return found
 
     def _block(self, values: list[Any], unit: int, first: int) -> Block:
-        block = Block()
-        for at, value in enumerate(values, first):
-            self.policy.add(block, value, at, self.where(unit, at))
-        return block
+        return Block(list(enumerate(values, first)), partial(self._row, unit))
+
+    def _row(self, unit: int, at: int, value: object) -> str | None:
+        return self.policy.text(value, self.where(unit, at))
 
 
 def _short(error: Exception) -> str:

@@ -6,6 +6,8 @@ import glob
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +92,8 @@ class Files:
                         f"its row groups have {sum(found)} rows, not the {file.metadata.num_rows} that it states"
                     )
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            block = Block()
-            self.policy.bad(block, f"{path} is not readable as parquet: {_first_line(error)}", "copy the file again")
-            self.bad += block.bad
+            self.policy.bad(f"{path} is not readable as parquet: {_first_line(error)}", "copy the file again")
+            self.bad += 1
             return []
         if self.policy.text_field not in names:
             raise UsageError(f"{self.policy.missing(names, str(path))}. Name one as stream.text_field")
@@ -100,11 +101,13 @@ class Files:
 
     def blocks(self, unit: int, first: int) -> Iterator[Block]:
         number, begin, end = self._units[unit].tolist()
-        form = self.forms[number]
+        form, path = self.forms[number], self.files[number]
         if form == "parquet":
-            yield from self._rows(self.files[number], begin, end, first)
+            yield from self._rows(path, begin, end, first)
+        elif first == 0 and form == "jsonl":
+            yield Block(self._lines(path, begin, end), partial(self._line, path))
         elif first == 0:
-            yield self._lines(self.files[number], begin, end) if form == "jsonl" else self._texts(number, end)
+            yield Block([(each, self.files[each]) for each in range(number, end)], self._whole)
 
     def where(self, unit: int, at: int) -> str:
         number, begin, _ = self._units[unit].tolist()
@@ -113,52 +116,47 @@ class Files:
             return str(self.files[at])
         return f"{self.files[number]} {'byte' if form == 'jsonl' else f'row group {begin} row'} {at}"
 
-    def _texts(self, first: int, end: int) -> Block:
-        block = Block()
-        for number in range(first, end):
-            path, raw = self.files[number], b""
-            try:
-                raw = path.read_bytes()
-                self.policy.add(block, raw.decode(), number, str(path))
-            except UnicodeDecodeError as error:
-                place = f"byte {error.start} (0x{raw[error.start]:02x})"
-                self.policy.bad(block, f"{path} is not UTF-8 at {place}", "convert it")
-            except OSError as error:
-                self.policy.bad(block, f"{path} cannot be read: {error.strerror}", "check its permissions")
-        return block
+    def _whole(self, at: int, path: Path) -> str | None:
+        raw = b""
+        try:
+            raw = path.read_bytes()
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            place = f"byte {error.start} (0x{raw[error.start]:02x})"
+            return self.policy.bad(f"{path} is not UTF-8 at {place}", "convert it")
+        except OSError as error:
+            return self.policy.bad(f"{path} cannot be read: {error.strerror}", "check its permissions")
 
-    def _lines(self, path: Path, begin: int, end: int) -> Block:
-        block = Block()
+    def _lines(self, path: Path, begin: int, end: int) -> list[tuple[int, bytes]]:
+        """(byte, line) of those that begin in a range of bytes, without empty ones."""
         try:
             with path.open("rb") as file:
                 if begin:  # a line belongs to the unit in which it begins
                     file.seek(begin - 1)
                     file.readline()
                 at = file.tell()
-                while at < end and (line := file.readline()):
-                    if line.strip():
-                        self._line(block, line, path, at)
-                    at += len(line)
+                raw = file.read(end - at) if at < end else b""
+                raw += b"" if raw.endswith(b"\n") or not raw else file.readline()
         except OSError as error:
             raise DataError(f"{path} cannot be read at byte {begin}: {error.strerror}; copy the file again") from None
-        return block
+        lines = raw.split(b"\n")
+        starts = accumulate((len(line) + 1 for line in lines), initial=at)
+        return [(start, line) for start, line in zip(starts, lines) if line.strip()]
 
-    def _line(self, block: Block, line: bytes, path: Path, at: int) -> None:
+    def _line(self, path: Path, at: int, line: bytes) -> str | None:
         where = f"{path} byte {at}"
         try:
             value: Any = json.loads(line.decode())
         except UnicodeDecodeError as error:
-            self.policy.bad(block, f"{where} is not UTF-8 ({error.reason})", "mend the row")
+            return self.policy.bad(f"{where} is not UTF-8 ({error.reason})", "mend the row")
         except ValueError as error:
-            self.policy.bad(block, f"{where} is not readable ({_first_line(error)})", "mend the row")
-        else:
-            if not isinstance(value, dict):
-                what = f"{where}: a JSON object is expected, this is {type(value).__name__}"
-                self.policy.bad(block, what, "mend the row")
-            elif self.policy.text_field not in value:
-                self.policy.bad(block, self.policy.missing(list(value), where), "name one as stream.text_field")
-            else:
-                self.policy.add(block, value[self.policy.text_field], at, where)
+            return self.policy.bad(f"{where} is not readable ({_first_line(error)})", "mend the row")
+        if not isinstance(value, dict):
+            what = f"{where}: a JSON object is expected, this is {type(value).__name__}"
+            return self.policy.bad(what, "mend the row")
+        if self.policy.text_field not in value:
+            return self.policy.bad(self.policy.missing(list(value), where), "name one as stream.text_field")
+        return self.policy.text(value[self.policy.text_field], where)
 
     def _rows(self, path: Path, group: int, row: int, first: int) -> Iterator[Block]:
         import pyarrow
@@ -168,21 +166,21 @@ class Files:
             with _parquet(path) as file:
                 batches = file.iter_batches(ROWS, row_groups=[group], columns=[name], use_threads=False)
                 for number, batch in enumerate(batches):
-                    block, at = Block(), row + read
-                    read += batch.num_rows
+                    at, read = row + read, read + batch.num_rows
                     if number >= first:
-                        for offset, value in enumerate(batch.column(0).to_pylist()):
-                            self.policy.add(block, value, at + offset, f"{path} row group {group} row {at + offset}")
-                        yield block
+                        values = batch.column(0).to_pylist()
+                        yield Block(list(enumerate(values, at)), partial(self._row, path, group))
                 stated = file.metadata.row_group(group).num_rows
                 if read != stated:  # pyarrow takes some damage for the end
                     raise OSError(f"it states {stated} rows")
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             # What was read of it stays; what remains of the group counts once, for its rows cannot be told apart.
-            block = Block()
             what = f"{path} row group {group} is not readable after its row {read}: {_first_line(error)}"
-            self.policy.bad(block, what, "copy the file again")
-            yield block
+            self.policy.bad(what, "copy the file again")
+            yield Block(bad=1)
+
+    def _row(self, path: Path, group: int, at: int, value: object) -> str | None:
+        return self.policy.text(value, f"{path} row group {group} row {at}")
 
 
 def _parquet(path: Path) -> Any:

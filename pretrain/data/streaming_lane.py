@@ -146,12 +146,13 @@ class Lane:
                     unit = permutation_of(count, *recipe.key, epoch, _UNITS)(unit)
                 for number, found in enumerate(recipe.units.blocks(unit, block), block):
                     lost += found.bad if row == 0 else 0
-                    rows = range(len(found.texts))
+                    rows = range(len(found))
                     if recipe.shuffle:
                         rows = permutation(len(rows), *recipe.key, epoch, unit, number, _ROWS).tolist()
                     for turn in range(row, len(rows)):
-                        text = found.texts[rows[turn]]
-                        if not text.text:
+                        text = found.read(rows[turn])
+                        if text is None or not text.text:
+                            lost += text is None
                             continue
                         ids = np.array([bos, *recipe.tokenizer.encode(text.text), eos], self._dtype)
                         yield _Document(ids, unit, text.at, (epoch, where, number, turn), lost)

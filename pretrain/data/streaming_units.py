@@ -6,9 +6,9 @@ is known before it is read, so the number of its documents and tokens never matt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from pretrain.data.errors import DataError
 
@@ -21,12 +21,30 @@ class Text:
     at: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Block:
-    """Rows that are read, and shuffled, together. bad: how many were left out as unreadable."""
+    """Rows that are found, and shuffled, together. They are decoded one by one, so that a block can be begun anywhere.
 
-    texts: list[Text] = field(default_factory=list)
+    rows: where each is, and what is there. decode: makes a row's text of these, None of one that is left out as
+    unreadable; raises DataError. bad: rows that were left out before.
+    """
+
+    rows: Sequence[tuple[int, Any]] = ()
+    decode: Callable[[int, Any], str | None] = lambda at, raw: raw
     bad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> Text | None:
+        at, raw = self.rows[row]
+        text = self.decode(at, raw)
+        return None if text is None else Text(text, at)
+
+    @property
+    def texts(self) -> list[Text]:
+        """All of it that can be read."""
+        return [text for text in map(self.read, range(len(self))) if text is not None]
 
 
 class Units(Protocol):
@@ -63,25 +81,24 @@ class Policy:
     text_field: str = "text"
     skip_bad: bool = False
 
-    def bad(self, block: Block, message: str, fix: str) -> None:
-        if not self.skip_bad:
-            raise DataError(f"{message}; {fix}, or set data.on_bad=skip")
-        block.bad += 1
+    def bad(self, message: str, fix: str) -> str | None:
+        """The text of something unreadable, None: it is left out. Raises DataError where it may not be."""
+        if self.skip_bad:
+            return None
+        raise DataError(f"{message}; {fix}, or set data.on_bad=skip")
 
-    def add(self, block: Block, value: object, at: int, where: str) -> None:
-        """Adds a row's text to a block. None is an empty text."""
+    def text(self, value: object, where: str) -> str | None:
+        """The text in a row's field; nothing there is an empty text. None if it is to be left out."""
         if value is None:
-            value = ""
-        if isinstance(value, str):
-            try:
-                value.encode()  # a lone surrogate is valid JSON but not text
-                block.texts.append(Text(value, at))
-                return
-            except UnicodeEncodeError as error:
-                self.bad(block, f"{where} is not UTF-8 ({error.reason})", "mend the row")
-                return
-        what = f"{where}: field {self.text_field!r} holds {type(value).__name__}, not text"
-        self.bad(block, what, "name another text_field")
+            return ""
+        if not isinstance(value, str):
+            what = f"{where}: field {self.text_field!r} holds {type(value).__name__}, not text"
+            return self.bad(what, "name another text_field")
+        try:
+            value.encode()  # a lone surrogate is valid JSON but not text
+        except UnicodeEncodeError as error:
+            return self.bad(f"{where} is not UTF-8 ({error.reason})", "mend the row")
+        return value
 
     def missing(self, names: list[str], where: str) -> str:
         return f"{where} has no field {self.text_field!r}; its fields are: {', '.join(sorted(names)) or 'none'}"

@@ -9,7 +9,7 @@ from itertools import groupby
 from parallel.drawing import line
 from parallel.grid import Grid
 from pretrain.config import ConfigError, RunConfig
-from pretrain.data.store import Corpus
+from pretrain.data.opening import vocabulary_size
 from pretrain.estimate.flops import mean_context
 from pretrain.estimate.layout import Collective, RankCosts, rank_costs
 from pretrain.estimate.model import ModelCosts
@@ -31,9 +31,7 @@ def report(config: RunConfig) -> str:
     """
     if config.model.vocabulary is None:
         try:
-            config = with_vocabulary(
-                config, Corpus.open(config.data.path, tokenizer=config.data.tokenizer).vocabulary_size
-            )
+            config = with_vocabulary(config, vocabulary_size(config.data))
         except Exception as error:
             raise ConfigError(f"{error} (or set model.vocabulary to estimate without data)") from None
     model = ModelCosts.of(config)

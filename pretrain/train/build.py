@@ -26,7 +26,7 @@ from pretrain.checkpoint.near.tier import Tier
 from pretrain.checkpoint.storage import read
 from pretrain.config import ConfigError, RunConfig
 from pretrain.data.loader import Loader
-from pretrain.data.opening import loader_of, open_sources, open_validation
+from pretrain.data.opening import Source, loader_of, open_sources, open_validation
 from pretrain.data.store import Corpus
 from pretrain.data.tokenizer import install
 from pretrain.model.decoder import Decoder
@@ -119,9 +119,11 @@ def engine_for(config: RunConfig, mesh: Mesh, model: Decoder) -> Engine:
     Its `model` is the part, under the whole model's names: a decoder, or with mesh.pp the rank's stages. Raises ValueError for
     what cannot be cut so (see layout.check, which needs no processes).
     """
+    config.optimizer.check(config.engine.kind)
+    optimizer = config.optimizer.factory(model, mesh)  # while the model is whole
     if mesh.size("pp") == 1:
         layout.apply(model, config, mesh)
-        return engines.build(config.engine, model, list(model.blocks), config.optimizer.build, mesh, config.train.clip)
+        return engines.build(config.engine, model, list(model.blocks), optimizer, mesh, config.train.clip)
     from parallel.engines.pipelined import PipelinedEngine  # see layout.plan
 
     assert isinstance(config.engine, TorchConfig)
@@ -130,7 +132,7 @@ def engine_for(config: RunConfig, mesh: Mesh, model: Decoder) -> Engine:
     for stage in stages:
         layout.apply(stage, config, mesh)
     blocks: list[list[nn.Module]] = [list(stage.layers()) for stage in stages]
-    return PipelinedEngine(config.engine, Stages(stages), blocks, plan, config.optimizer.build, mesh, config.train.clip)
+    return PipelinedEngine(config.engine, Stages(stages), blocks, plan, optimizer, mesh, config.train.clip)
 
 
 def start_from(path: Path, model: Decoder, agreement: Agreement) -> list[str]:
@@ -192,7 +194,7 @@ def with_vocabulary(config: RunConfig, tokenizer: int | None) -> RunConfig:
     return config
 
 
-def _write_config(config: RunConfig, corpus: Corpus) -> None:
+def _write_config(config: RunConfig, corpus: Source) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
     temporary = config.run / ".config.yaml.partial"
     temporary.write_text(configuration.dump(config))
