@@ -49,57 +49,63 @@ def assign(rests: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     block each goes to, uint16 [blocks, N], and how many sequences each block has, int64 [blocks].
     """
     blocks, size = rests.shape
-    bits = (size - 1).bit_length()
-    low = (1 << bits) - 1
+    bits = size.bit_length()
     places = np.arange(size)
     by_size = np.where(rests > 1, length - rests, length) << bits | places
     by_size.sort(axis=1)
-    documents, sizes = by_size & low, np.ascontiguousarray((length - (by_size >> bits)).T)
+    documents = by_size & ((1 << bits) - 1)
+    sizes = np.ascontiguousarray((length - (by_size >> bits)).T)
     there = sizes > 1
     # All sizes of a row of `sizes` are placed at once, one in each block. A sequence's key is the space left in it and,
     # below, a stamp that falls from row to row: of keys of enough space the smallest is the best fit, used last. Less
-    # the size that is wanted, unsigned, those of too little space wrap around and come after all others.
+    # the size that is wanted, unsigned, those of too little space wrap around and come after all others. The sequence
+    # that a block would open next is there already: it has most space.
     key: type[np.unsignedinteger] = np.uint32 if length << bits < 1 << 31 else np.uint64
-    wraps, mask, fresh = key(1 << (8 * key().itemsize - 1)), key(low), key(length << bits)
+    stamps, unopened = size - 1 - places, (1 << bits) - 1
+    mask, fresh = key(unopened), key(length << bits | unopened)
     wanted = (sizes << bits).astype(key)
     keys, left = np.zeros((size + 1, blocks), key), np.empty((size + 1, blocks), key)
-    chosen_at = np.zeros((low + 1, blocks), np.uint16)  # by stamp
+    every = np.arange(blocks)
+    chosen_at = np.empty((unopened + 1, blocks), np.intp)  # by stamp: where the key is among all keys
+    chosen_at[:] = every  # a block whose last has been placed goes on writing, to itself
     keys_flat, chosen_flat = keys.reshape(-1), chosen_at.reshape(-1)
-    every, opened = np.arange(blocks), np.zeros(blocks, np.int64)
-    # Of two that are longer than half a sequence none goes to the other.
+    # Of two that are longer than half a sequence none goes to the other: those open sequences of more and more space.
     lone = int((sizes > length // 2).all(axis=1).sum())
-    keys[:lone] = (length - sizes[:lone]) << bits | (low - places[:lone, None])
-    chosen_at[low - places[:lone]] = places[:lone, None]
-    opened[:] = used = lone
+    keys[:lone] = (length - sizes[:lone]) << bits | stamps[:lone, None]
+    chosen_at[stamps[:lone]] = places[:lone, None] * blocks + every
+    next_at = lone * blocks + every
+    keys_flat[next_at] = fresh
+    chosen_at[unopened] = next_at
+    # Of those, the first have too little space for what comes next in any block.
+    least = sizes.min(axis=1)
+    begins = (-least[:lone]).searchsorted(least - length)
     all_there, steps = int(there.all(axis=1).sum()), int(there.any(axis=1).sum())
+    used = lone
     for place in range(lone, steps):
-        np.subtract(keys[: used + 1], wanted[place], out=left[: used + 1])
-        best = left[: used + 1].min(axis=0)
-        at = (best & mask).astype(np.intp)
+        if (place - lone) % 8 == 0:
+            used = int(next_at.max()) // blocks
+        end = min(used + (place - lone) % 8 + 1, size + 1)
+        some = left[begins[place] : end]
+        np.subtract(keys[begins[place] : end], wanted[place], out=some)
+        best = some.min(axis=0)
+        stamp = best & mask
+        at = stamp.astype(np.intp)
+        new = at == unopened
         at *= blocks
         at += every
-        chosen = chosen_flat[at].astype(np.intp)
-        new = best >= wraps
-        if place >= all_there:  # blocks whose last has been placed: they write where nobody reads
-            absent = ~there[place]
-            new &= there[place]
-        opening = np.flatnonzero(new)
-        if opening.size:
-            best[opening] = fresh - wanted[place, opening]
-            chosen[opening] = opened[opening]
-            opened[opening] += 1
-            used = max(used, int(opened[opening].max()))
-        best &= ~mask
-        best |= key(low - place)
+        chosen = chosen_flat[at]
         if place >= all_there:
-            chosen[absent], best[absent] = size, 0
-        chosen_at[low - place] = chosen
-        chosen *= blocks
-        chosen += every
+            new &= there[place]
+        best -= stamp
+        best += key(stamps[place])
         keys_flat[chosen] = best
+        chosen_at[stamps[place]] = chosen
+        np.add(next_at, blocks, out=next_at, where=new)
+        keys_flat[next_at] = fresh
+        chosen_at[unopened] = next_at
     bins = np.empty((blocks, size), np.uint16)
-    np.put_along_axis(bins, documents, chosen_at[low - places].T, axis=1)
-    return bins, opened
+    np.put_along_axis(bins, documents, (chosen_at[stamps] // blocks).astype(np.uint16).T, axis=1)
+    return bins, next_at // blocks
 
 
 def table(starts: np.ndarray, length: int) -> Table:
