@@ -110,7 +110,7 @@ class Chosen:
         self._cut_into_ranges()
         self._drop_duplicates()
         self.duplicates = [int((~kept).sum()) for kept in self.kept]
-        self.near_duplicates = 0
+        self.near_duplicates: int | None = None
 
     def _cut_into_ranges(self) -> None:
         total = sum(run.record.bytes["tokens"] for run in self.runs)
@@ -185,7 +185,7 @@ class Chosen:
         for record, _ in self.units:
             counts.update(record.dropped)
         counts["duplicate"] += sum(self.duplicates)
-        if self.near_duplicates:
+        if self.near_duplicates is not None:
             counts["near_duplicate"] = self.near_duplicates
         return dict(counts)
 

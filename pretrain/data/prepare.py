@@ -48,7 +48,7 @@ class Done:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        words = f"{self.units} units: {self.made} made"
+        words = f"{self.units} unit{'s' * (self.units != 1)}: {self.made} made"
         words += f" ({self.again} of them again, because files have changed)" if self.again else ""
         return words + (f", {self.found} found finished" if self.found else "")
 
@@ -57,7 +57,7 @@ def prepare(options: PrepareOptions, report: Report | None = None) -> manifests.
     """Writes the folder `options.output` completely or not at all, and returns its manifest.
 
     Raises ValueError (what was asked cannot be done), DataError (missing or unreadable input) or PrepareFailure (no
-    space).
+    space, a worker killed, another process at work).
     """
     found = run(options, report).manifest
     if found is None:

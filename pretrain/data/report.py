@@ -18,7 +18,7 @@ from pretrain.data.hub import HubDataset
 from pretrain.data.manifest import Manifest
 from pretrain.data.options import PrepareOptions, default_workers
 from pretrain.data.parts import folder_of
-from pretrain.data.prepare import Done, run
+from pretrain.data.prepare import run
 from pretrain.data.vocabulary import symbols_of
 
 _LINE_SECONDS = 15.0
@@ -82,10 +82,10 @@ def run_prepare(args: argparse.Namespace) -> None:
         summary(done.manifest, options.output, time.monotonic() - started, console)
     else:
         assert options.shard is not None
-        _next_shard(options, done, console)
+        _next_shard(options, console)
 
 
-def _next_shard(options: PrepareOptions, done: Done, console: Console) -> None:
+def _next_shard(options: PrepareOptions, console: Console) -> None:
     assert options.shard is not None
     number, shards = options.shard
     console.print(f"\nshard {number} of {shards} is in {folder_of(options.output)}. When all are there:", markup=False)

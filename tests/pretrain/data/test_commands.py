@@ -131,6 +131,27 @@ def test_full_disk(
     assert left(tmp_path) == []
 
 
+def test_a_disk_that_is_full_when_units_are_merged(
+    text_folder: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", "--input", f"{text_folder}/*", "--output", str(tmp_path / "out"), "--workers", "1"]
+    words += ["--tokenizer", str(prepared / "tokenizer.model"), "--validation", "0.2", "--unit-bytes", "60000"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, before[1]))
+    try:
+        code = main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert code == 1
+    assert "no space for" in error
+    count = len(list((tmp_path / "out.parts" / "units").iterdir()))
+    assert f"{count} units are finished and kept in {tmp_path}/out.parts: the same command goes on" in error
+    assert left(tmp_path) == ["out.parts"]
+    assert main(words) == 0
+    assert f"{count} units: 0 made, {count} found finished" in capsys.readouterr().out
+
+
 def test_unwritable_place(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--input", f"{inputs}/a.txt", "--output", "/proc/none/out"]) == 1
     assert "writing /proc/none/out failed" in capsys.readouterr().err

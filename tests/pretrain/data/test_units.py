@@ -21,6 +21,7 @@ from pretrain.data.manifest import read
 from pretrain.data.options import PrepareOptions
 from pretrain.data.parts import TABLE, Parts, UnitRecord, differences, folder_of, run_file
 from pretrain.data.prepare import Done, prepare, run
+from pretrain.data.report import amounts
 from pretrain.data.sources import Reading
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.units import Unit, documents_of, plan, unit_bytes_for
@@ -296,3 +297,14 @@ def test_only_one_process_at_a_time(options: Callable[..., PrepareOptions], tmp_
     ):
         run(options())
     assert isinstance(run(options()), Done)
+
+
+def test_progress_in_words() -> None:
+    assert amounts(0, 0, 0, 0.0) == ""
+    assert amounts(0, 0, 0, 5.0, "3 of 9 units") == "3 of 9 units"
+    assert amounts(5_000_000, 25_000_000, 0, 1.0) == "5.0 of 25.0 MB"
+    # Units that were found finished are no speed: 4 MB of the 5 were made in these 2 seconds.
+    assert amounts(5_000_000, 25_000_000, 4_000_000, 2.0, "2 of 9 units") == (
+        "2 of 9 units, 5.0 of 25.0 MB, 2.0 MB/s, 0:00:10 left"
+    )
+    assert amounts(10**9, 10**11, 10**9, 100.0).endswith("10.0 MB/s, 2:45:00 left")
