@@ -93,8 +93,8 @@ class DataConfig(Strict):
     validation_path: Path | None = None
     """Prefix of a Megatron pair to validate on; None takes the validation split of `path`."""
     tokenizer: Path | None = None
-    """SentencePiece .model or tokenizer.json for a bare Megatron pair, which has none beside it, and for streamed text; a
-    prepared folder brings its own."""
+    """SentencePiece .model, tokenizer.json or a folder with one, for a bare Megatron pair, which has none beside it, and for
+    streamed text; a prepared folder brings its own, and refuses another here."""
     sources: list[SourceConfig] = Field(default_factory=list)
     """Several corpora, blended by weight, instead of one `path`."""
     stages: list[StageConfig] = Field(default_factory=list)

@@ -31,6 +31,7 @@ def same_tokenizer(corpora: Sequence[Any], given: Path | None = None) -> None:
     """
     chosen = None if given is None else fingerprint(find(given))
     first: tuple[Any, str] | None = None
+    ends: tuple[Any, int, int] | None = None
     for each in corpora:
         record = stated(each)
         if record is not None and chosen not in (None, record.xxh3_128):
@@ -39,6 +40,13 @@ def same_tokenizer(corpora: Sequence[Any], given: Path | None = None) -> None:
                 f"({record.xxh3_128}), so its ids mean other text: leave data.tokenizer out, or prepare the text again with "
                 f"`--tokenizer {given}`"
             )
+        if record is not None:
+            ends = ends or (each, record.bos, record.eos)
+            if ends[1:] != (record.bos, record.eos):  # those of a tokenizer.json lie in a file of their own
+                raise UsageError(
+                    f"{each.prefix} was written with bos {record.bos} and eos {record.eos}, {ends[0].prefix} with {ends[1]} and "
+                    f"{ends[2]}: prepare it again with the tokenizer_config.json of the other beside the tokenizer"
+                )
         path = each.tokenizer_path
         found = record.xxh3_128 if record is not None else None if path is None else fingerprint(find(path))
         if found is None:

@@ -72,6 +72,14 @@ def test_sources_of_different_tokenizers(copied: Path, prepared: Path, other: Pa
         open_sources(sources(prepared, copied))
 
 
+def test_sources_of_different_ends(copied: Path, prepared: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["tokenizer"]["eos"] = 5
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"was written with bos 1 and eos 5, .*train with 1 and 2: prepare it again"):
+        open_sources(sources(prepared, copied))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "token_bytes.npy"])
 def test_a_flipped_byte_in_a_corpus(copied: Path, name: str) -> None:
     path = copied / name
