@@ -486,6 +486,11 @@ def _plain(x: Tensor, *others: Any, **options: Any) -> Tensor:
     return stand(Like(tuple(x.shape), x.dtype), tensors, [True] * len(tensors))
 
 
+def _add_norm(notes: Notes, x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _norm(notes, total, *others), total
+
+
 def _rotary(x: Tensor, *angles: Any) -> Tensor:
     return stand(Like(tuple(x.shape), x.dtype), [x], [False])  # the angles, which all layers share, are counted once
 
@@ -511,6 +516,7 @@ def operators(notes: Notes) -> Iterator[None]:
     norm = partial(_norm, notes)
     forms: dict[str, Any] = {
         **dict.fromkeys(("rms_norm", "l2_norm", "gated_rms_norm"), norm),
+        "add_rms_norm": partial(_add_norm, notes),
         "rational": _plain,
         "rotary": _rotary,
         "swiglu": _swiglu,

@@ -97,9 +97,16 @@ class Block(nn.Module):
             return x + _apply(self.mixer_out_norm, mixed) + _apply(self.ffn_out_norm, y), carry
         if self.mixer is not None:
             mixed = self.mixer(_apply(self.mixer_norm, x), sequence, None if cache is None else cache.mixer)
-            x = _merge(self.mixer_merge, x, _apply(self.mixer_out_norm, mixed))
+            mixed = _apply(self.mixer_out_norm, mixed)
+            if self.mixer_merge is None and self.ffn_norm is not None:
+                h, x = self.ffn_norm(mixed, x)  # the addition and the norm after it in one pass
+            else:
+                x = _merge(self.mixer_merge, x, mixed)
+                h = _apply(self.ffn_norm, x)
+        else:
+            h = _apply(self.ffn_norm, x)
         if self.ffn is not None:
-            y, carry = _call(self.ffn, _apply(self.ffn_norm, x), sequence, cache, carry)
+            y, carry = _call(self.ffn, h, sequence, cache, carry)
             x = y if self.ffn.owns_residual else _merge(self.ffn_merge, x, _apply(self.ffn_out_norm, y))
         return x, carry
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels import rms_norm
+from kernels import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -22,9 +22,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width) if zero_centered else torch.ones(width))
         self.eps, self.zero_centered = eps, zero_centered
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual (the norm of their sum, their sum), in one pass."""
         weight = 1.0 + self.weight if self.zero_centered else self.weight
-        return rms_norm(x, weight, self.eps).to(self.weight.dtype)
+        if residual is None:
+            return rms_norm(x, weight, self.eps).to(self.weight.dtype)
+        normed, total = add_rms_norm(x, residual, weight, self.eps)
+        return normed.to(self.weight.dtype), total
 
 
 def norm_of_part(x: Tensor, weight: Tensor, eps: float, width: int, across: Callable[[Tensor], Tensor]) -> Tensor:
