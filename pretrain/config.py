@@ -22,6 +22,7 @@ from pretrain.data.config import DataConfig
 from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
 from pretrain.optim.adamw import AdamWConfig
+from pretrain.optim.choice import OptimizerConfig
 from pretrain.optim.schedules import CosineConfig, ScheduleConfig
 from pretrain.profiling.config import ProfileConfig
 from pretrain.train.faults.config import FaultsConfig
@@ -91,7 +92,7 @@ class RunConfig(Strict):
     model: DecoderConfig
     data: DataConfig
     train: TrainConfig
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     mesh: MeshConfig = MeshConfig()
     engine: EngineConfig = TorchConfig()

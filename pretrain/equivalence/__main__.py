@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m pretrain.equivalence --config configs/runs/quickstart.yaml
   torchrun --nproc-per-node 4 -m pretrain.equivalence --config configs/models/zaya1_8b.yaml --layouts tp=2,ep=4 pp=2,cp=2
   torchrun --nproc-per-node 8 -m pretrain.equivalence --config configs/models/qwen3_next_80b.yaml --sample 20
+  torchrun --nproc-per-node 4 -m pretrain.equivalence --config configs/runs/quickstart.yaml --optimizer muon
   python -m pretrain.equivalence --config configs/models/kimi_linear_48b.yaml --list 8
 
 A layout is written as the mesh section of a run: sizes of pp, dp, replicate, cp, tp, ep (what is left over is dp), and
@@ -58,6 +59,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="deepspeed: gradients stay inside (default torch)",
     )
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="of ZeRO, with --engine deepspeed (default 2)")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon", "lamb", "sgd"), default="adamw", help="what updates (default adamw)"
+    )
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps of each layout (default 2)")
     parser.add_argument("--length", type=int, default=64, metavar="N", help="tokens of a packed row (default 64)")
     parser.add_argument("--as-it-is", action="store_true", help="do not shrink the model")
@@ -143,7 +147,7 @@ def configuration(arguments: argparse.Namespace, world: int) -> tuple[RunConfig,
     elif model.vocabulary is None:
         model = model.model_copy(update={"vocabulary": VOCABULARY})
     engine = {"kind": arguments.engine} | ({"stage": arguments.stage} if arguments.stage else {})
-    return short_run(model, world, engine, arguments.steps, arguments.length), said
+    return short_run(model, world, engine, arguments.steps, arguments.length, arguments.optimizer), said
 
 
 def _report(verdicts: dict[str, Verdict], said: list[str], world: int) -> None:

@@ -18,21 +18,32 @@ from pretrain.equivalence.compare import DOUBLE, SINGLE, Verdict, compare, idle
 from pretrain.equivalence.layouts import name
 from pretrain.equivalence.training import Outcome, joined, rows, run
 from pretrain.model.decoder import DecoderConfig
-from pretrain.optim.adamw import AdamWConfig
+
+# A large eps, so that rounding in a tiny gradient is not blown up to a whole step.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-2, "eps": 1e-3},
+    "muon": {"lr": 1e-2, "eps": 1e-3, "precision": "fp32", "bucket_bytes": 8192},  # a few rounds
+    "lamb": {"lr": 1e-2, "eps": 1e-3},
+    "sgd": {"lr": 1.0, "nesterov": True, "weight_decay": 0.1},
+}
 
 
 def short_run(
-    model: DecoderConfig, world: int, engine: dict[str, Any] | None = None, steps: int = 2, length: int = 64
+    model: DecoderConfig,
+    world: int,
+    engine: dict[str, Any] | None = None,
+    steps: int = 2,
+    length: int = 64,
+    optimizer: str = "adamw",
 ) -> RunConfig:
-    """A few fp32 steps of a model on `world` ranks, of rows of `length` tokens."""
+    """A few fp32 steps of a model on `world` ranks, of rows of `length` tokens. optimizer: its kind."""
     return RunConfig(
         run=Path("runs/none"),
         model=model,
         data=DataConfig(path=Path("none"), sequence_length=length),
         # Two micro-batches or more on every rank and through every pipeline, and clipping that acts.
         train=TrainConfig(steps=steps, batch=2 * world, precision="fp32", clip=0.1),
-        # A large eps, so that rounding in a tiny gradient is not blown up to a whole step.
-        optimizer=AdamWConfig(lr=1e-2, eps=1e-3),
+        optimizer={"kind": optimizer, **OPTIMIZERS[optimizer]},  # type: ignore[arg-type]
         engine=engine or {"kind": "torch"},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from parallel.config import Strict
+from parallel.mesh import Mesh
 
 # Tables, taps and rates that happen to have two dims or more: decay would pull them to zero for no reason.
 NEVER_DECAYED = ("embedding.weight", ".conv", ".depthwise", ".grouped", ".A_log")
@@ -24,16 +26,30 @@ class AdamWConfig(Strict):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled decay of matrices; vectors, convolution taps, decay rates and the embedding never decay."""
+    fused: bool | None = None
+    """All of the update in one pass over memory, by torch's fused kernel. null: on accelerators only. The results differ from the
+    other form's in the last bits."""
+
+    def check(self, engine: str) -> None:
+        """Works under every engine."""
+
+    def factory(self, model: nn.Module, mesh: Mesh | None = None) -> Callable[[nn.Module], torch.optim.AdamW]:
+        """What makes the optimizer of this rank's part of `model`, which is still whole."""
+        return self.build
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         decayed, others = split_by_decay(model)
         groups = [
             {"params": alike, "weight_decay": decay}
             for parameters, decay in ((decayed, self.weight_decay), (others, 0.0))
-            for alike in _by_type(parameters)
+            for alike in by_type(parameters)
         ]
-        # foreach: one kernel launch for many tensors, and the same arithmetic on every engine.
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=True)
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        fused = device == "cuda" if self.fused is None else self.fused
+        # foreach: a kernel launch for many tensors at a time.
+        return torch.optim.AdamW(
+            groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=not fused, fused=fused
+        )
 
 
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -46,7 +62,7 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     return decayed, others
 
 
-def _by_type(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+def by_type(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Sharded and plain parameters apart: no operation takes both in one list."""
     sharded: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

@@ -52,6 +52,7 @@ def check_cuts(config: RunConfig, grid: Grid, model: Decoder) -> None:
 
 
 def check_engine(config: RunConfig, grid: Grid) -> None:
+    config.optimizer.check(config.engine.kind)
     if config.engine.kind == "deepspeed":
         config.engine.check(grid, config.train.compile)
 

@@ -147,6 +147,10 @@ class UnionOfExperts(ContextualFFN):
         )
         return expert_splits("up", "down", self.experts, self.down.shape[1])
 
+    def end_to_end(self) -> dict[str, tuple[int, list[int]]]:
+        """Parameters that hold several matrices end to end: the dim, and the matrices' lengths along it."""
+        return {"up": (2, [self.up.shape[2] // 2] * 2)} if self.gated else {}
+
     def splits(self) -> dict[str, Split]:
         experts = Split(0, (Section.even(self.up.shape[0], "experts"),))
         biases = {} if self.up_bias is None else {"up_bias": experts, "down_bias": experts}

@@ -157,6 +157,10 @@ class SelectiveAttention(Mixer):
     def output_projections(self) -> list[Tensor]:
         return [self.out]
 
+    def end_to_end(self) -> dict[str, tuple[int, list[int]]]:
+        """Parameters that hold several matrices end to end: the dim, and the matrices' lengths along it."""
+        return {"qkv": (2, list(self.sections))}
+
     def splits(self) -> dict[str, Split]:
         experts = Split(0, (Section.even(self.qkv.shape[0], "experts"),))
         return {"qkv": experts, "out": experts}
