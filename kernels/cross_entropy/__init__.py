@@ -11,13 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Form, Request, choose
+from kernels.cross_entropy.logits import Shard, Terms
+from kernels.dispatch import Form, Request, choose, triton_objection
 
-__all__ = ["FORMS", "linear_cross_entropy"]
+__all__ = ["FORMS", "LOGITS_FORMS", "Shard", "Terms", "linear_cross_entropy", "token_losses"]
+
+
+def _reference_why_not(request: Request) -> str | None:
+    return "the reference holds all rows of the vocabulary" if request.options.get("shard") else None
+
 
 FORMS = (
+    Form("triton", "kernels.cross_entropy.triton", "linear_cross_entropy", triton_objection),
     Form("chunked", "kernels.cross_entropy.chunked", "linear_cross_entropy"),
-    Form("reference", "kernels.cross_entropy.reference", "linear_cross_entropy"),
+    Form("reference", "kernels.cross_entropy.reference", "linear_cross_entropy", _reference_why_not),
+)
+LOGITS_FORMS = (
+    Form("triton", "kernels.cross_entropy.triton", "token_losses", triton_objection),
+    Form("chunked", "kernels.cross_entropy.logits", "token_losses"),
 )
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -33,6 +44,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     chunk: int | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """The training loss of a language model's head.
 
@@ -45,6 +57,9 @@ def linear_cross_entropy(
         label_smoothing: share of the target's probability spread evenly over the vocabulary, 0 <= label_smoothing < 1.
         reduction: "sum" over tokens, "mean" over the tokens not ignored (0 if there are none), or "none".
         chunk: tokens whose logits are held at a time; chosen from the vocabulary by default.
+        shard: where ranks share out the vocabulary: weight and bias are this rank's rows of it, x and targets the same on all
+            ranks. Every rank gets the whole loss, and of x's gradient its rows' part: the sum over ranks is x's. One exchange
+            of four numbers a token, for each chunk, in the forward (with reduction "none" in the backward as well).
 
     Returns the loss, fp32 (fp64 for fp64 x): a scalar, or [N] for reduction "none". Softmax and sums are in fp32.
 
@@ -59,17 +74,23 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss must not be negative, got {z_loss}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    _check_targets(targets, weight.shape[0], ignore_index)
+    _check_targets(targets, weight.shape[0] if shard is None else shard.vocabulary, ignore_index)
     request = Request(
         op="linear_cross_entropy",
         device=x.device,
         dtype=x.dtype,
         shape={"N": x.shape[0], "D": x.shape[1], "vocabulary": weight.shape[0]},
-        options={"reduction": reduction, "bias": bias is not None, "label_smoothing": label_smoothing},
+        options={
+            "reduction": reduction,
+            "bias": bias is not None,
+            "label_smoothing": label_smoothing,
+            "shard": shard is not None,
+        },
     )
     form = choose(FORMS, request).load()
+    more = {} if shard is None else {"shard": shard}
     with torch.autocast(x.device.type, enabled=False):
-        return form(
+        loss: Tensor = form(
             x,
             weight,
             targets,
@@ -79,7 +100,31 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             reduction=reduction,
             chunk=chunk,
+            **more,
         )
+        return loss
+
+
+def token_losses(
+    logits: Tensor,
+    targets: Tensor,
+    factor: Tensor,
+    terms: Terms,
+    *,
+    bias: Tensor | None = None,
+    learn: bool = True,
+    shard: Shard | None = None,
+) -> Tensor:
+    """Losses of a chunk of logits, which are overwritten by their gradient: for callers with a loop over chunks of their own.
+
+    logits: contiguous [C, V], without the bias. targets: int64 [C], of the whole vocabulary, none ignored. factor: fp32 (fp64
+    for fp64 logits) [C], each token's upstream gradient, 0 to ignore it. learn: False leaves in logits no gradient but scraps.
+    shard: see linear_cross_entropy. Returns fp32 or fp64 [C]. Collective with a shard. Not differentiable.
+    """
+    assert logits.is_contiguous() and targets.shape == factor.shape == logits.shape[:1]
+    request = Request("token_losses", logits.device, logits.dtype, {"C": logits.shape[0], "V": logits.shape[1]})
+    losses: Tensor = choose(LOGITS_FORMS, request).load()(logits, bias, targets, factor, terms, learn, shard)
+    return losses
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:

@@ -193,6 +193,23 @@ def _newton_schulz(B: int, m: int, n: int, dtype: torch.dtype) -> Case:
     return Case("newton_schulz", f"{B} of {m} x {n} {SHORT[dtype]}", run)
 
 
+def _cross_entropy(
+    V: int, dtype: torch.dtype, *, bias: bool = False, smooth: float = 0.0, reduction: str = "sum", N: int = 300
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.cross_entropy import linear_cross_entropy
+
+        x, weight = leaf(N, 16, dtype=dtype), leaf(V, 16, dtype=dtype)
+        b, targets = leaf(V) if bias else None, torch.zeros(N, dtype=torch.int64)
+        loss = linear_cross_entropy(
+            x, weight, targets, bias=b, z_loss=1e-4, label_smoothing=smooth, reduction=reduction
+        )
+        return [loss], _present(x, weight, b)
+
+    words = [f"V{V}", SHORT[dtype], reduction] + ["bias"] * bias + ["smoothed"] * (smooth > 0)
+    return Case("cross_entropy", " ".join(words), run)
+
+
 def cases(op: str) -> list[Case]:
     """The calls that must compile for `op`, a folder of kernels/. Empty for an operator this file does not know."""
     if op == "delta_rule":
@@ -240,6 +257,12 @@ def cases(op: str) -> list[Case]:
             _norm("rms_norm", 1000, BF16, rows=250),
             *(_norm("add_rms_norm", D, dtype) for D in (2048, 4096) for dtype in (BF16, FP32)),
             _norm("add_rms_norm", 1000, BF16, rows=250),
+        ]
+    if op == "cross_entropy":
+        return [
+            *(_cross_entropy(V, dtype) for V in (512, 65536) for dtype in (BF16, FP32)),
+            _cross_entropy(50257, BF16),
+            _cross_entropy(32768, BF16, bias=True, smooth=0.1, reduction="none"),
         ]
     if op == "swiglu":
         return [

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.cross_entropy import chunked, linear_cross_entropy
+from kernels.cross_entropy import chunked, linear_cross_entropy, logits
 
 IGNORED = -100
 
@@ -48,7 +48,7 @@ def assert_same(ours, theirs, tolerance):
 @pytest.fixture(params=[None, 30], ids=["one block", "two rows a block"])
 def block(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(chunked, "BLOCK_LOGITS", request.param)
+        monkeypatch.setattr(logits, "BLOCK_LOGITS", request.param)
 
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -61,7 +61,7 @@ TERMS = [
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("terms", TERMS, ids=str)
-@pytest.mark.parametrize("chunk", [None, 1, 4, 100])
+@pytest.mark.parametrize("chunk", [None, 4])
 def test_fast_form_is_the_definition(dtype, tolerance, reduction, terms, chunk, block, monkeypatch):
     tensors, targets = operands(dtype=dtype, bias=terms["bias"])
     options = {key: value for key, value in terms.items() if key != "bias"} | {"reduction": reduction, "chunk": chunk}
