@@ -28,6 +28,11 @@ class StreamConfig(Strict):
     """Rows of a data set are fetched as they are read; false: all of it is downloaded before."""
     shuffle: bool = True
     """Units of the text (stretches of files, row groups, shards) are shuffled in each epoch, and the rows within each."""
+    held_out: float = Field(0.0, ge=0, lt=1)
+    """Leaves out the documents that `prepare --validation X --seed S` would put into its validation split, by their content: X,
+    so that such a split of the same text, or of a part of it, can be validated on."""
+    held_out_seed: int = 0
+    """S."""
     lanes: int | None = Field(None, ge=1)
     """Parts that are read side by side: sequence n comes from lane n % lanes. A data-parallel rank tokenises the lanes that its
     sequences are in: only its own share, if ranks x micro_batch divides this and there is no other source; in a blend, all of

@@ -27,7 +27,7 @@ _TRIED = 8  # units, and rows of them, that are looked at when a source is opene
 
 
 class TextSource:
-    """units: of the text. tokenizer_path: what makes it into tokens. shuffle, lanes: see StreamConfig. prefix: names it.
+    """units: of the text. tokenizer_path: what makes it into tokens. stream: how. prefix: names it.
 
     fingerprint: names the text, by its files' names and sizes or by the data set's name and numbers of shards and rows, and the
     tokenizer, by its bytes. Reading the text for it would take as long as training on it.
@@ -36,21 +36,20 @@ class TextSource:
     streamed: ClassVar[bool] = True
     manifest: ClassVar[manifests.Manifest | None] = None
 
-    def __init__(
-        self, prefix: Path, units: Units, tokenizer_path: Path, *, shuffle: bool = True, lanes: int | None = None
-    ) -> None:
+    def __init__(self, prefix: Path, units: Units, tokenizer_path: Path, stream: StreamConfig) -> None:
         if units.count == 0:
             raise DataError(f"{prefix} holds no text; check the path, its files are empty")
-        if lanes is not None and lanes > units.count:
+        if stream.lanes is not None and stream.lanes > units.count:
             raise UsageError(
-                f"{prefix}: stream.lanes = {lanes}, but the text has {units.count} units, of which each lane needs one: "
+                f"{prefix}: stream.lanes = {stream.lanes}, but the text has {units.count} units, of which each lane needs one: "
                 f"set at most {units.count}, or leave it out"
             )
         self.prefix, self.units, self.tokenizer_path = prefix, units, tokenizer_path
-        self.shuffle, self.lanes = shuffle, lanes
+        self.shuffle, self.lanes = stream.shuffle, stream.lanes
+        self.held_out = (stream.held_out_seed, stream.held_out)
         opened = self.tokenizer()
         self.vocabulary_size, self.eos = opened.vocabulary_size, opened.eos
-        self.tokenizer_hash = manifests.hash_file(tokenizer_path).xxh3_128
+        self.tokenizer_hash = opened.fingerprint
 
     @cached_property
     def token_bytes(self) -> torch.Tensor:
@@ -59,7 +58,7 @@ class TextSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        names = json.dumps([self.units.identity, self.shuffle, self.tokenizer_hash])
+        names = json.dumps([self.units.identity, self.shuffle, self.held_out, self.tokenizer_hash])
         return xxhash.xxh3_128(names.encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
@@ -75,7 +74,7 @@ def open_text(source: SourceConfig, tokenizer: Path, skip_bad: bool) -> TextSour
     """Opens a streamed source. Raises DataError for missing or unreadable text, ValueError for what cannot be streamed."""
     assert source.stream is not None
     units = _units(source.path, source.stream, Policy(source.stream.text_field, skip_bad))
-    found = TextSource(source.path, units, tokenizer, shuffle=source.stream.shuffle, lanes=source.stream.lanes)
+    found = TextSource(source.path, units, tokenizer, source.stream)
     # A wrong field is a matter of the configuration, and better said now than after every row was left out.
     blocks = (block for unit in range(min(units.count, _TRIED)) for block in islice(units.blocks(unit, 0), 1))
     rows = list(islice(((block, row) for block in blocks for row in range(len(block))), _TRIED))
@@ -105,13 +104,12 @@ def tokenizer_for(given: Path | None, others: list[tuple[Path, str]]) -> Path:
                 "a tokenizer.json, such as the tokenizer.model of a prepared folder"
             )
         return others[0][0]
-    if not given.is_file():
-        raise UsageError(f"data.tokenizer = {given} does not exist; give a SentencePiece .model or a tokenizer.json")
-    found = manifests.hash_file(given).xxh3_128
+    opened = Tokenizer(given)
+    found = opened.fingerprint
     for path, known in others:
         if known != found:
             raise UsageError(
                 f"data.tokenizer = {given} (xxh3_128 {found}) is not the tokenizer that {path.parent} was written with "
                 f"({known}); leave it out to use that one for the streamed text too"
             )
-    return given
+    return opened.path

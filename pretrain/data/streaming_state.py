@@ -52,7 +52,13 @@ class Streams:
     def _recipes(self) -> Recipes:
         return {
             (run, index): Recipe(
-                source.units, source.tokenizer(), self.lanes[index], length, (self._seed, index, run), source.shuffle
+                source.units,
+                source.tokenizer(),
+                self.lanes[index],
+                length,
+                (self._seed, index, run),
+                source.shuffle,
+                source.held_out,
             )
             for run, length in self._lengths.items()
             for index, source in self.sources.items()

@@ -21,9 +21,11 @@ from pretrain.data.__main__ import main
 from pretrain.data.errors import UsageError
 from pretrain.data.opening import Source, loader_of, open_sources, open_validation, vocabulary_size
 from pretrain.data.streaming import TextSource
+from pretrain.data.streaming_lane import Lane, Position
 from pretrain.data.streaming_loader import StreamingLoader
 from pretrain.data.streaming_readers import Processes
 from pretrain.data.streaming_state import joined
+from tests.pretrain.data.conftest import SEED, VALIDATION
 from tests.pretrain.data.test_stream import step_rows
 from tests.pretrain.data.test_streaming import DOCUMENTS, T, jsonl, parquet
 from tests.pretrain.train.small_run import configuration
@@ -238,6 +240,26 @@ def test_bad_rows_end_the_run_or_are_counted(prepared: Path, tmp_path: Path, mon
     sound = loader_of(*opened(data), 4, 1)
     assert all(torch.equal(step_rows([sound], step), found[step]) for step in range(8))
     assert "damaged_rows" not in sound.numbers(9, [])
+
+
+def test_validation_text_of_a_preparation_is_left_out(prepared: Path, text_folder: Path) -> None:
+    """What prepare holds out of a text, a stream of it never shows; and it shows the rest."""
+    stream = {"held_out": VALIDATION, "held_out_seed": SEED, "format": "text"}
+    source = {"path": text_folder, "stream": stream, "validation_path": prepared}
+    data = {"sources": [source], "sequence_length": 256, "tokenizer": prepared / "tokenizer.model"}
+    config, corpora = opened(data)
+    loader = loader_of(config, corpora, 1, 1)
+    assert isinstance(loader, StreamingLoader)
+    units, (recipe,) = loader.texts.sources[0].units, loader.texts._recipes().values()
+    shown, lane = set(), Lane(recipe, 0, Position())
+    while lane.position.epoch < 1:
+        shown |= {Path(units.where(piece.unit, piece.at)) for piece in next(lane).pieces}
+    held_out = (prepared / "validation_text.bin").read_bytes()
+    left = {path for path in text_folder.iterdir() if path.stat().st_size} - shown
+    assert 2 < len(left) < len(shown) and all(path.read_bytes() in held_out for path in left)
+    assert not any(path.read_bytes() in held_out for path in shown)
+    (other,) = opened({**data, "sources": [{**source, "stream": {"format": "text"}}]})[1]
+    assert other.fingerprint != corpora[0].fingerprint
 
 
 def test_what_cannot_be_streamed_is_refused(data: dict[str, Any], prepared: Path, tmp_path: Path) -> None:
