@@ -23,16 +23,15 @@ for _key, _value in QUIET.items():
 # These take minutes each. Begun first, they do not leave one process busy when the others have nothing left to do.
 LONGEST = (
     "tests/test_readme.py",
-    "tests/pretrain/train/test_engines.py",
-    "tests/pretrain/test_main.py",
     "tests/faults/",
-    "tests/parallel/test_deepspeed.py",
-    "tests/pretrain/test_verify_resume.py",
     "tests/launch/",
-    "tests/parallel/test_mutations.py",
-    "tests/pretrain/model/test_families.py",
-    "tests/pretrain/test_equivalence.py",
     "tests/pretrain/train/",
+    "tests/parallel/test_mutations.py",
+    "tests/parallel/test_deepspeed.py",
+    "tests/pretrain/model/test_families.py",
+    "tests/pretrain/test_main.py",
+    "tests/pretrain/test_equivalence.py",
+    "tests/pretrain/test_verify_resume.py",
     "tests/pretrain/watch/",
     "tests/parallel/",
 )

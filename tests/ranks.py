@@ -51,6 +51,7 @@ PRELOAD = (
     "parallel.tensor",
     "parallel.expert.apply",
     "pretrain.checkpoint.lifecycle",
+    "pretrain.checkpoint.near.tier",
     "pretrain.model.decoder",
 )
 TRAINING = (  # to preload for ranks that train: a run of a few steps takes half a second, these take ten

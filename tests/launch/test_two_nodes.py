@@ -61,7 +61,7 @@ def test_torchrun_on_two_nodes(corpus: Path, tmp_path: Path, environment: dict[s
         for node in NODES
     ]
     try:
-        said = [agent.communicate(timeout=200)[0] for agent in agents]
+        said = [agent.communicate(timeout=500)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()  # asked politely, it ends its workers
@@ -127,7 +127,7 @@ def call(command: list[str], environment: dict[str, str], cwd: str | Path = ROOT
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=500)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # what it has started, too

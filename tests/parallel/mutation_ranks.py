@@ -20,7 +20,7 @@ from tests.parallel import (  # noqa: F401  (they register themselves)
     mutations_tensor,
 )
 from tests.parallel.mutations import MODEL, MUTATIONS, Mutation
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
 CLEAN = "no mutation"
 
@@ -74,7 +74,7 @@ def kills(mutations: list[Mutation], timeout: float = 600) -> list[Kill]:
     found: list[Kill] = []
     for world in sorted({mutation.world for mutation in mutations}):
         names = [mutation.name for mutation in mutations if mutation.world == world]
-        found += run_ranks(run, world, names, timeout=timeout)[0]
+        found += run_ranks(run, world, names, timeout=timeout, preload=TRAINING)[0]
     return found
 
 

@@ -13,7 +13,7 @@ from parallel.expert import check_experts
 from pretrain.model.decoder import Decoder
 from tests.parallel import expert_models
 from tests.parallel.expert_models import SPARSE, Trained, config, through_zaya, trained, two_zaya_layers
-from tests.ranks import run_ranks
+from tests.ranks import TRAINING, run_ranks
 
 
 @cache
@@ -22,7 +22,7 @@ def alone(ffn: str) -> Trained:
 
 
 def run(ffn: str, world: int, sizes: dict[str, Any], *more: Any) -> list[Trained]:
-    return run_ranks(expert_models.trained, world, ffn, sizes, 2, *more)
+    return run_ranks(expert_models.trained, world, ffn, sizes, 2, *more, preload=TRAINING)
 
 
 def assert_same(results: list[Trained], ffn: str) -> None:
@@ -90,12 +90,12 @@ def test_faults_are_seen(fault: str) -> None:
 
 @pytest.mark.parametrize("ffn", ["top2", "zaya2"])
 def test_bf16_is_finite(ffn: str) -> None:
-    for result in run_ranks(expert_models.in_bf16, 2, ffn):
+    for result in run_ranks(expert_models.in_bf16, 2, ffn, preload=TRAINING):
         assert len(result) > 10 and all(value.isfinite().all() for value in result.values())
 
 
 def test_the_shared_expert_computes_while_tokens_travel() -> None:
-    for events in run_ranks(expert_models.traced, 2):
+    for events in run_ranks(expert_models.traced, 2, preload=TRAINING):
         there, back = ["launch", "launch", "shared", "wait", "wait"], ["launch", "wait"]
         assert events["forward"] == ["counts", *there, *back]
         assert events["backward"] == [*back, *there]
@@ -108,7 +108,7 @@ def test_zaya_router_state_follows_the_slices_of_the_sequence() -> None:
     layers, whole = two_zaya_layers(), x.clone().requires_grad_()
     y, state = through_zaya(layers, whole)
     (y * upstream).sum().backward()
-    results = run_ranks(expert_models.zaya_slices, 2, x, upstream)
+    results = run_ranks(expert_models.zaya_slices, 2, x, upstream, preload=TRAINING)
     for got, wanted in zip(zip(*results), (y, state, whole.grad, None)):
         if wanted is not None:
             assert_close(torch.cat(got, dim=1), wanted)
@@ -151,8 +151,8 @@ def test_what_has_no_experts_to_share_out_says_so() -> None:
 
 
 def test_stages_balance_their_own_layers_and_record_all() -> None:
-    (first, bias), (second, other) = run_ranks(expert_models.balanced_stages, 2, (0, 1))
+    (first, bias), (second, other) = run_ranks(expert_models.balanced_stages, 2, (0, 1), preload=TRAINING)
     assert first == second and first["load_entropy"] == {"blocks.0": pytest.approx(0.8113), "blocks.1": 0.0}
     assert bias == [-0.5, 0.5] and other == [0.5, -0.5]
-    for record, _ in run_ranks(expert_models.balanced_stages, 2, (1,)):
+    for record, _ in run_ranks(expert_models.balanced_stages, 2, (1,), preload=TRAINING):
         assert record["load_entropy"] == {"blocks.1": 0.0}

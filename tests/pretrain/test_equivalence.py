@@ -23,7 +23,7 @@ from pretrain.equivalence.training import Outcome, joined, rows
 from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
 from tests.pretrain.equivalence_models import MODELS, config, verdicts
-from tests.ranks import ROOT, launch, run_ranks
+from tests.ranks import ROOT, TRAINING, launch, run_ranks
 
 FILES = sorted([*(ROOT / "configs/models").glob("*.yaml"), *(ROOT / "configs/runs").glob("*.yaml")])
 
@@ -49,7 +49,7 @@ def check(found: dict[str, Any], expected: int) -> None:
 @pytest.mark.parametrize(("world", "count"), [(2, 3), (4, 2)])
 def test_layouts_train_as_one_rank(world: int, count: int) -> None:
     wanted = [(model, sample(model, world, count)) for model in MODELS]
-    found = run_ranks(verdicts, world, wanted, timeout=300)[0]
+    found = run_ranks(verdicts, world, wanted, timeout=300, preload=TRAINING)[0]
     check(found, count * len(MODELS))
 
 
@@ -58,7 +58,7 @@ def test_layouts_train_as_one_rank(world: int, count: int) -> None:
 def test_every_layout_trains_as_one_rank(model: str, world: int) -> None:
     """All layouts of 2 and 4 ranks, 12 of 8 ranks; `pytest --campaign -s` prints the table."""
     legal = layouts.legal(short_run(config(model), world), world) if world < 8 else sample(model, world, 12)
-    check(run_ranks(verdicts, world, [(model, legal)], timeout=3000)[0], len(legal))
+    check(run_ranks(verdicts, world, [(model, legal)], timeout=3000, preload=TRAINING)[0], len(legal))
 
 
 def test_five_models_have_every_axis() -> None:

@@ -79,8 +79,7 @@ def test_against_a_real_engine(name: str) -> None:
     model, world, sections = LAYOUTS[name]
     run = config(model, **sections)
     raw = run.model_dump(mode="json")
-    preload = TRAINING if run.engine.kind == "deepspeed" else ()
-    seen: list[Seen] = run_ranks(step, world, raw, preload=preload)
+    seen: list[Seen] = run_ranks(step, world, raw, preload=TRAINING)
     grid = run.mesh.grid(world)
     costs = rank_costs(ModelCosts.of(run), run, grid)
     for rank, real in enumerate(seen):
