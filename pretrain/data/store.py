@@ -13,6 +13,7 @@ from pretrain.data import manifest as manifests
 from pretrain.data.errors import DataError, UsageError
 from pretrain.data.index import REPAIR, check_size, read_index
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer_check import same_tokenizer
 
 
 class Corpus:
@@ -98,13 +99,15 @@ class Corpus:
         if tokenizer is None:
             return Corpus(path, vocabulary_size=vocabulary_size)
         opened = Tokenizer(tokenizer)
-        return Corpus(
+        corpus = Corpus(
             path,
             vocabulary_size=vocabulary_size or opened.vocabulary_size,
             token_bytes=torch.from_numpy(opened.token_bytes),
             tokenizer_path=Path(tokenizer),
             eos=opened.eos,
         )
+        same_tokenizer([corpus], Path(tokenizer), "tokenizer")  # the pair may be a prepared folder's
+        return corpus
 
     @property
     def documents(self) -> int:

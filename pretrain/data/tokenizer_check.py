@@ -23,11 +23,11 @@ def stated(corpus: Any) -> manifests.TokenizerRecord | None:
     return manifest.tokenizer if f"{corpus.prefix.name}.bin" in manifest.files else None
 
 
-def same_tokenizer(corpora: Sequence[Any], given: Path | None = None) -> None:
+def same_tokenizer(corpora: Sequence[Any], given: Path | None = None, name: str = "data.tokenizer") -> None:
     """Raises ValueError unless all sources of which it is known were written with the same tokenizer, and with `given`.
 
-    corpora: `Corpus` or what stands in for one (prefix, manifest, tokenizer_path). given: `data.tokenizer`. A bare pair
-    knows its tokenizer only by what it was opened with.
+    corpora: `Corpus` or what stands in for one (prefix, manifest, tokenizer_path). given: what the person named as `name`. A bare
+    pair knows its tokenizer only by what it was opened with.
     """
     chosen = None if given is None else fingerprint(find(given))
     first: tuple[Any, str] | None = None
@@ -36,8 +36,8 @@ def same_tokenizer(corpora: Sequence[Any], given: Path | None = None) -> None:
         record = stated(each)
         if record is not None and chosen not in (None, record.xxh3_128):
             raise UsageError(
-                f"data.tokenizer = {given} (xxh3_128 {chosen}) is not the tokenizer that {each.prefix} was written with "
-                f"({record.xxh3_128}), so its ids mean other text: leave data.tokenizer out, or prepare the text again with "
+                f"{name} = {given} (xxh3_128 {chosen}) is not the tokenizer that {each.prefix} was written with "
+                f"({record.xxh3_128}), so its ids mean other text: leave {name} out, or prepare the text again with "
                 f"`--tokenizer {given}`"
             )
         if record is not None:

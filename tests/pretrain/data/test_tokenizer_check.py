@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.data.__main__ import main
 from pretrain.data.config import DataConfig, SourceConfig
 from pretrain.data.errors import DataError
 from pretrain.data.opening import open_sources
@@ -36,13 +37,17 @@ def test_the_tokenizer_of_the_configuration(prepared: Path, other: Path, tmp_pat
     for given in (None, own, copy):
         assert hash_of(open_sources(sources(prepared, tokenizer=given))) == fingerprint(own)
     for path in (prepared, prepared / "train"):  # also where a pair of the folder is named as a bare one
-        with pytest.raises(
-            ValueError, match=r"data\.tokenizer = .*other\.model \(xxh3_128 [0-9a-f]{32}\) is not the"
-        ) as e:
+        with pytest.raises(ValueError, match=r"tokenizer = .*other\.model \(xxh3_128 [0-9a-f]{32}\) is not the") as e:
             open_sources(sources(path, tokenizer=other))
         assert fingerprint(other) in str(e.value)
         assert fingerprint(own) in str(e.value)
         assert "--tokenizer" in str(e.value)
+
+
+def test_a_pair_that_is_looked_at(prepared: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(prepared / "train"), "--tokenizer", str(other)]) == 2
+    assert "is not the tokenizer that" in capsys.readouterr().err
+    assert main(["inspect", str(prepared / "train"), "--tokenizer", str(prepared), "--samples", "0"]) == 0
 
 
 def bare(prepared: Path, folder: Path) -> Path:
