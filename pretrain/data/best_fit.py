@@ -19,6 +19,7 @@ from pretrain.data.permute import permutation_of
 
 BLOCK, GROUP = 1024, 16
 _TOGETHER = 512  # blocks packed at a time: their spaces stay in a core's cache
+_FEW = 32  # blocks, for which Python's integers are quicker than arrays
 _BLOCKS, _BINS = 5, 6  # apart from the purposes that packing.py and version 1 number
 
 
@@ -108,6 +109,29 @@ def assign(rests: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     return bins, next_at // blocks
 
 
+def assign_one(rests: list[int], length: int) -> tuple[list[int], int]:
+    """As `assign`, of one block."""
+    bins, opened = [0] * len(rests), 0
+    open_bins: dict[int, list[int]] = {}
+    spaces = 0  # bit s: some sequence has space for s tokens left
+    for negative, document in sorted((-size, document) for document, size in enumerate(rests) if size > 1):
+        size = -negative
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            same = open_bins[space]
+            chosen = same.pop()
+            if not same:
+                spaces ^= 1 << space
+        else:
+            space, chosen, opened = length, opened, opened + 1
+        bins[document] = chosen
+        if space > size:
+            open_bins.setdefault(space - size, []).append(chosen)
+            spaces |= 1 << (space - size)
+    return bins, opened
+
+
 def table(starts: np.ndarray, length: int) -> Table:
     """The packing of all documents. starts: int64 [documents + 1]. Memory: 2 bytes a document, 8 a block."""
     documents, block = len(starts) - 1, BLOCK
@@ -118,7 +142,11 @@ def table(starts: np.ndarray, length: int) -> Table:
         if number * block > sizes.size:
             sizes = np.concatenate([sizes, np.zeros(number * block - sizes.size, np.int64)])
         whole, rests = _divided(sizes, length)
-        found, opened = assign(rests.reshape(number, block), length)
+        if number < _FEW and length <= 1 << 15:
+            each = [assign_one(few, length) for few in rests.reshape(number, block).tolist()]
+            found, opened = np.array([few for few, _ in each], np.uint16), np.array([used for _, used in each])
+        else:
+            found, opened = assign(rests.reshape(number, block), length)
         counts[first // block : first // block + number] = whole.reshape(number, block).sum(axis=1) + opened
         bins[first : first + number * block] = found.reshape(-1)[: documents - first]
         inputs += int(whole.sum()) * length + int(rests[rests > 1].sum())

@@ -177,28 +177,6 @@ def test_a_rollback_over_a_border_skips_in_both_stages(sources: list[Corpus]) ->
     assert [r for b in again.references(12, 0, 1) for r in b] == [r for b in one.references(12, 0, 1) for r in b]
 
 
-@pytest.mark.parametrize(("packing", "masked"), WAYS)
-def test_steps_read_together_are_as_read_piece_by_piece(packing: str, masked: bool, sources: list[Corpus]) -> None:
-    chance = np.random.default_rng(3)
-    for batch, micro_batch, ranks, corpora in ((6, 3, 2, sources), (4, 1, 1, sources), (8, 8, 1, sources[:1])):
-        for length in (1, 4, 7, 32):
-            stages = [Stage(0, batch, micro_batch, length, (3.0, 2.0, 1.0)[: len(corpora)])]
-            one = loader(corpora, stages=stages, packing=packing, masked=masked, rank=ranks - 1, ranks=ranks)
-            one.skipped = [[3, 5], [40, 60]]
-            windows = one.order.windows_per_epoch
-            # From the first pass into the third, in turn; then every third step, then here and there.
-            steps = [*range(min(3 * windows // batch, 400)), *range(7, 60, 3), *chance.integers(0, 10**9, 5).tolist()]
-            for step in steps[:: 1 if length == 7 else 4]:
-                assert one._reader is not None
-                found = one._reader.read(step)
-                expected = [one._pack(references, length) for references in one.references(step, ranks - 1, ranks)]
-                assert found is not None and len(found) == len(expected)
-                for a, b in zip(found, expected):
-                    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
-                    assert a.cu_seqlens.dtype == torch.int32 and a.cu_seqlens.tolist() == b.cu_seqlens.tolist()
-                    assert a.padding == b.padding and a.tokens.is_contiguous() and a.targets.is_contiguous()
-
-
 # A change here changes what checkpoints go on with: give the order another version.
 DIGESTS = {
     ("concatenate", 1): "4d599f51efbf17abd4ddd2ebab82eba5",
