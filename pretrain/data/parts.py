@@ -215,7 +215,12 @@ class Parts:
                 shutil.rmtree(path, ignore_errors=True)
 
     def discard(self) -> None:
-        """Removes everything."""
+        """Removes everything. The record goes last: killed on the way, the next run still knows what this was."""
+        shutil.rmtree(self.folder / UNITS, ignore_errors=True)
+        for path in self.folder.glob("*"):
+            if path.name not in (RECORD, PLAN):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (self.folder / PLAN).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

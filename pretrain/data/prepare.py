@@ -21,7 +21,7 @@ from pretrain.data.errors import DataError, PrepareFailure, UsageError
 from pretrain.data.limit import Prefix
 from pretrain.data.options import PrepareOptions
 from pretrain.data.order import permutation
-from pretrain.data.parts import Parts, UnitRecord, folder_of
+from pretrain.data.parts import PLAN, Parts, UnitRecord, folder_of
 from pretrain.data.sampling import sample, sources_of
 from pretrain.data.sources import expand, format_of
 from pretrain.data.staging import check_output
@@ -109,7 +109,7 @@ def _finished_before(options: PrepareOptions, parts: Parts) -> Done | None:
     manifest = manifests.read(options.output)
     if manifest.tokenizer.xxh3_128 != record["tokenizer"] or manifest.settings != options.settings():
         return None
-    units = len(parts.plan()["units"])
+    units = len(parts.plan()["units"]) if (parts.folder / PLAN).is_file() else 0
     parts.discard()
     return Done(units, units, manifest=manifest)
 

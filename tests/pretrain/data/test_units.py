@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,19 @@ def test_no_finished_unit_is_made_again(
     assert not folder_of(tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("moment", ["before", "within", "after"])
+@pytest.mark.parametrize("moment", ["before", "within", "after", "tidying"])
 def test_a_merge_that_is_killed(
     options: Callable[..., PrepareOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moment: str
 ) -> None:
     class Killed(BaseException):
         pass
 
-    def killed(*_: object, **__: object) -> None:
+    def killed(*given: object, **_: object) -> None:
+        if moment == "tidying":
+            parts = given[0]
+            assert isinstance(parts, Parts)
+            shutil.rmtree(parts.folder / "units", ignore_errors=True)
+            (parts.folder / "plan.json").unlink(missing_ok=True)
         raise Killed
 
     place = {"before": "pretrain.data.prepare.assemble", "within": "pretrain.data.assemble._describe"}
@@ -168,9 +174,9 @@ def test_a_merge_that_is_killed(
             run(options())
     parts = folder_of(tmp_path / "out")
     assert parts.is_dir()
-    assert (tmp_path / "out").is_dir() == (moment == "after")
+    assert (tmp_path / "out").is_dir() == (moment in ("after", "tidying"))
     done = run(options())
-    assert (done.found, done.made) == (done.units, 0)
+    assert (done.found, done.made) == (done.units, 0)  # of a folder half removed nobody counts the units
     assert done.manifest == read(tmp_path / "out")
     assert not parts.exists()
     run(options(output=tmp_path / "whole"))
