@@ -111,6 +111,21 @@ def test_all_units_together_hold_every_document_once_and_in_order(units: Units) 
     assert again.identity == units.identity
 
 
+def test_lines_that_begin_where_a_unit_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.data.streaming_files.LEAST", 100)
+    rows = [json.dumps({"text": f"{number:03}"}).encode() + b"\n" for number in range(64)]
+    assert {len(row) for row in rows} == {16}
+    (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
+    lines = Files(matched(tmp_path), "auto", Policy())
+    found = [[int(text.text) for block in lines.blocks(unit, 0) for text in block.texts] for unit in range(lines.count)]
+    assert lines.count == 10 and [row for each in found for row in each] == list(range(64)) and min(map(len, found)) > 5
+    monkeypatch.setattr("pretrain.data.streaming_files.LEAST", 64)
+    lines = Files(matched(tmp_path), "auto", Policy())
+    assert [[text.at // 16 for text in next(lines.blocks(unit, 0)).texts] for unit in range(lines.count)] == [
+        list(range(first, first + 4)) for first in range(0, 64, 4)
+    ]
+
+
 def test_a_lane_is_its_documents_end_to_end(units: Units, tokenizer: Tokenizer) -> None:
     plain = Lane(recipe(units, tokenizer, 1, shuffle=False), 0, Position())
     ids = [[tokenizer.bos, *tokenizer.encode(each), tokenizer.eos] for each in DOCUMENTS]
@@ -246,6 +261,31 @@ def test_damaged_parquet_is_named_or_counted(tmp_path: Path, tokenizer: Tokenize
             Files([path], "auto", Policy())
         left = Files([path], "auto", Policy(skip_bad=True))
         assert (left.count, left.bad) == (0, 1)
+
+
+def test_a_row_group_that_ends_early_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain.data.streaming_files import _parquet
+
+    path = parquet(tmp_path / "a.parquet", DOCUMENTS[:32])
+
+    class Short:
+        """What pyarrow makes of some flipped bits."""
+
+        def __init__(self, file: pyarrow.parquet.ParquetFile) -> None:
+            self.metadata, self.schema_arrow, self.file = file.metadata, file.schema_arrow, file
+
+        def __enter__(self) -> Short:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def iter_batches(self, *given: object, **named: object) -> list[pyarrow.RecordBatch]:
+            return [batch.slice(0, batch.num_rows - 1) for batch in self.file.iter_batches(*given, **named)]
+
+    monkeypatch.setattr("pretrain.data.streaming_files._parquet", lambda path: Short(_parquet(path)))
+    with pytest.raises(DataError, match=r"a\.parquet row group 1 is not readable after its row 15: it states 16 rows"):
+        list(Files([path], "auto", Policy()).blocks(1, 0))
 
 
 def test_no_bit_of_parquet_flips_unseen(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_one_stream_for_any_number_of_ranks_and_over_restarts(masked: bool, data
     expected = [step_rows([whole], step) for step in range(STEPS)]
     assert [found.shape[0] for found in expected] == [24, 24, 48, 48, 24, 24, 24, 24, 24]
     assert [found.shape[2] for found in expected] == [T] * 5 + [40] * 4
+    # Of the run of stages at the last length: that of the one before is not needed any more.
+    assert {row[0] for row in whole.state_dict()["streams"]["positions"]} == {1}
     epochs = whole.numbers(STEPS, [])["epochs"]
     assert len(epochs) == 3 and epochs[1] == whole.stream.passes(STEPS)[1] > 0
     chance = np.random.default_rng(masked)
@@ -159,6 +161,32 @@ def test_each_rank_reads_only_its_lanes(data: dict[str, Any], monkeypatch: pytes
     read.clear()
     again.batches(10)
     assert 0 < len(read) < used[-1] // 3
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_batch_is_the_windows_of_its_lanes(masked: bool, data: dict[str, Any]) -> None:
+    config, corpora = opened(alone_streamed(data, 2), intra_document_masking=masked)
+    one = loader_of(config, corpora, 12, 3)
+    assert isinstance(one, StreamingLoader) and one.texts.lanes == {0: 6}
+    (recipe,) = one.texts._recipes().values()
+    lanes, borders = [Lane(recipe, lane, Position()) for lane in range(6)], 0
+    for step in range(3):
+        windows = [next(lanes[number % 6]) for number in range(12)]
+        for number, batch in enumerate(one.batches(step)):
+            mine = windows[number * 3 : number * 3 + 3]
+            expected, begins = [], [0]
+            for place, window in enumerate(mine):
+                targets = window.ids[1:].tolist()
+                for begin in window.begins.tolist() if masked else []:
+                    targets[begin - 1] = -100
+                    begins.append(place * T + begin)
+                expected += targets
+                begins.append(place * T + T)
+            assert batch.tokens[0].tolist() == [token for window in mine for token in window.ids[:-1].tolist()]
+            assert batch.targets[0].tolist() == expected
+            assert batch.cu_seqlens.tolist() == sorted(set(begins)) and batch.cu_seqlens.dtype == torch.int32
+            borders += len(batch.cu_seqlens)
+    assert borders > 12 * 4 if masked else borders == 12 * 4
 
 
 def test_what_was_passed_over_is_not_used_again(data: dict[str, Any]) -> None:
