@@ -25,6 +25,7 @@ from parallel.context import cut_batch
 from parallel.engines.apart import hidden, shared_out
 from parallel.engines.base import Engine, Veto
 from parallel.engines.fragment import Fragment
+from parallel.engines.uncompiled import import_uncompiled
 from parallel.gradients import BUCKET, GradientRule
 from parallel.layout import cuts, plain_name
 from parallel.share import Share
@@ -128,6 +129,8 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: DeepSpeedConfig, model: nn.Module, optimizer: Any, mesh: Mesh, clip: float | None):
         import deepspeed  # 1.5 s, and only for those who ask for it
 
+        # It asks of every optimizer whether it is its own Muon, which compiles its kernels.
+        import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
         config.check(mesh.grid)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if not dist.is_initialized():
