@@ -105,11 +105,14 @@ class DataConfig(Strict):
     stages: list[StageConfig] = Field(default_factory=list)
     """Batch size, sequence length, rope base and weights that change as tokens are seen."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    """best_fit: documents that fit into a sequence are never cut; the rest of a sequence is padding."""
+    """best_fit: documents that fit into a sequence are never cut; the rest of a sequence is padding. It reads a few places of
+    the file at a time: give it a corpus whose documents are shuffled, as `prepare` writes them."""
     intra_document_masking: bool = True
     """Documents in a sequence do not see each other, and none is predicted from another; false: a sequence is one context."""
     order: Literal[1, 2] = 2
-    """Version of the token order of a new run; one that goes on keeps its own."""
+    """Version of the token order of a new run; one that goes on keeps its own. 2 shuffles sequences, not documents, which
+    `prepare` shuffles; a pair of other origin that is sorted by topic or source should be shuffled by its writer, or read
+    by 1, which holds 16 bytes a document and takes longer to find a step."""
     workers: int = Field(0, ge=0)
     """Processes of each rank that read ahead; 0 reads on a thread of the training process (see `prefetch`)."""
     on_bad: Literal["error", "skip"] = "error"

@@ -26,7 +26,8 @@ _CACHED = 1 << 16  # that are copied before they are widened
 
 
 class Reader:
-    """Batches of a rank, by step; None for a step with a token outside the vocabulary, which is to be read with care.
+    """Batches of a rank, by step; None for a step that is to be read with care: with a token outside the vocabulary in it,
+    or in one that would be read together with it.
 
     It remembers what it has read ahead: `forget` when the stream passes over something else, or numbers steps anew.
     """
@@ -74,9 +75,6 @@ class Reader:
         layout, first = self._layout, self._steps.index(step)
         count = min(len(self._steps) - first, max(1, _TOKENS // (rows * length))) if in_turn else 1
         read = self._rows(layout, first * rows, (first + count) * rows, length)
-        if read is None and count > 1:
-            count = 1  # what comes later is damaged, or this
-            read = self._rows(layout, first * rows, (first + 1) * rows, length)
         if read is None:
             return None
         # Batches are views of one array of them all.

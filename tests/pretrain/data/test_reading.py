@@ -256,3 +256,19 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
         assert found[0] == rows and found[2] == "100%" and len(found) == 11
         assert all(float(found[i]) > 0 and found[i + 1].endswith("%") for i in range(1, 11, 2))
     assert [line.split(" opened")[0].strip() for line in lines[-3:]] == ["concatenated", "best fit", "version 1"]
+
+
+def test_what_was_read_ahead_is_dropped_with_what_it_was_read_for(sources: list[Corpus]) -> None:
+    stages = [Stage(0, 4, 2, 7, (1.0,))]
+    one = loader(sources[:1], stages=stages)
+    for step in range(6):
+        one.batches(step)
+    assert one._reader is not None and 6 in one._reader._ready
+    one.skip_to({(0, 0): 40})
+    for changed in ([[24, 40]], [[24, 30], [33, 34]]):
+        if one.skipped != changed:
+            one.skipped = changed
+        fresh = loader(sources[:1], stages=stages)
+        fresh.skipped = changed
+        for step in range(6, 9):
+            assert same(one.batches(step), fresh.batches(step))
