@@ -9,9 +9,7 @@ import pytest
 
 from pretrain.estimate.report import report
 from tests.pretrain.train.small_run import configuration, losses, records, train_on_rank
-from tests.ranks import run_ranks
-
-PRELOAD = ("pretrain.train.loop", "sentencepiece")
+from tests.ranks import TRAINING, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +28,15 @@ def test_resumed_equals_uninterrupted_also_on_other_ranks(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     alone = (*streamed, "mesh.dp=1")
-    assert run_ranks(train_on_rank, 1, whole, corpus, alone, preload=PRELOAD) == [0]
-    assert run_ranks(train_on_rank, 2, broken, corpus, streamed, 2, preload=PRELOAD) == [75] * 2
+    assert run_ranks(train_on_rank, 1, whole, corpus, alone, preload=TRAINING) == [0]
+    assert run_ranks(train_on_rank, 2, broken, corpus, streamed, 2, preload=TRAINING) == [75] * 2
     middle = json.loads((broken / "checkpoints/step_00000002/meta.json").read_text())["meta"]["data"]
     # Both ranks' lanes stand in it: 3/4 of 8 sequences went round 4 lanes.
     assert middle["streams"]["lanes"] == {"0": 4}
     assert [row[:4] for row in middle["streams"]["positions"]] == [
         [0, 0, lane, number] for lane, number in enumerate((2, 2, 1, 1))
     ]
-    assert run_ranks(train_on_rank, 1, broken, corpus, alone, preload=PRELOAD) == [0]
+    assert run_ranks(train_on_rank, 1, broken, corpus, alone, preload=TRAINING) == [0]
     assert losses(broken) == pytest.approx(losses(whole), rel=2e-5) and len(losses(whole)) == 4
     last = [json.loads((run / "checkpoints/step_00000004/meta.json").read_text())["meta"] for run in (whole, broken)]
     assert last[0]["data"] == last[1]["data"]
