@@ -183,6 +183,19 @@ def test_the_limit_does_not_depend_on_units_or_workers(options: Callable[..., Pr
                 assert again.made == 1
 
 
+def test_copies_in_other_units_do_not_count_towards_the_limit(
+    options: Callable[..., PrepareOptions], tmp_path: Path
+) -> None:
+    for i in range(40):
+        (tmp_path / f"copy{i}.txt").write_text("a" * 1000 if i % 4 else f"{i:04}" * 250)
+    asked = options(limit_bytes=3500, validation=0.0, unit_bytes=1)
+    asked.input = [f"{tmp_path}/copy*.txt"]
+    done = run(asked)
+    assert done.manifest is not None
+    assert done.manifest.splits["train"].bytes == 4000
+    assert 4 <= done.made < 25  # of 40: no more than it takes
+
+
 def test_near_duplicates_go(options: Callable[..., PrepareOptions], tmp_path: Path) -> None:
     text = " ".join(f"word{i}" for i in range(400))
     rows = [text, "something else altogether, and long enough to be a document", text + " and more", "x " + text]
