@@ -43,7 +43,7 @@ def short_run(
         data=DataConfig(path=Path("none"), sequence_length=length),
         # Two micro-batches or more on every rank and through every pipeline, and clipping that acts.
         train=TrainConfig(steps=steps, batch=2 * world, precision="fp32", clip=0.1),
-        optimizer={"kind": optimizer, **OPTIMIZERS[optimizer]},  # type: ignore[arg-type]
+        optimizer={"kind": optimizer, **OPTIMIZERS[optimizer]},
         engine=engine or {"kind": "torch"},
     )
 

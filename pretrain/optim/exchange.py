@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 class Slot(NamedTuple):
     """A block of one of the matrices that this rank works on in a round."""
 
-    index: int
+    place: int
     span: Span
 
 
@@ -168,13 +168,13 @@ class Exchange:
             stacks.setdefault(matrix.sizes, []).append(index)
         made = {shape: flat.new_empty(len(each), *shape) for shape, each in stacks.items()}
         slots = {index: made[shape][place] for shape, each in stacks.items() for place, index in enumerate(each)}
-        views = [_view(slots[slot.index], slot.span) for slot in this.receive]
+        views = [_view(slots[slot.place], slot.span) for slot in this.receive]
         if views:
             torch._foreach_copy_(views, _cut(flat, views))
         for shape, whole in made.items():
             result = work(whole.view(-1, *shape[-2:])).view(whole.shape)
             slots |= {index: result[place] for place, index in enumerate(stacks[shape])}
-        return self._flat([_view(slots[slot.index], slot.span) for slot in this.give])
+        return self._flat([_view(slots[slot.place], slot.span) for slot in this.give])
 
     def _apply(
         self, handle: Any, flat: Tensor, this: Round, apply: Callable[[list[Piece], list[Tensor]], None]

@@ -10,7 +10,7 @@ sharded as they are. Only u travels, once, to the rank that orthogonalises it, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -118,8 +118,8 @@ class Muon(Optimizer):
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         if any(parameter.dtype == torch.float64 for parameter in self.parameters):
             dtype = torch.float64
-        group = None if mesh is None else mesh.group("dp_cp_tp")
-        self.exchange = Exchange(parts, group, dtype, max(1, config.bucket_bytes // dtype.itemsize))
+        ranks = None if mesh is None else mesh.group("dp_cp_tp")
+        self.exchange = Exchange(parts, ranks, dtype, max(1, config.bucket_bytes // dtype.itemsize))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -134,7 +134,7 @@ class Muon(Optimizer):
             torch._foreach_mul_(weights, 1.0 - lr * decay)
         self.exchange.run(self._direction, self._orthogonalise, partial(self._apply, lr=lr), self._adamw)
 
-    def _locals(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _locals(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """This rank's own weights, gradients and momenta, as far as it has any."""
         weights = [local(parameter.detach()) for parameter in parameters]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]

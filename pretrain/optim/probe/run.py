@@ -18,6 +18,7 @@ from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.model.decoder import Decoder
 from pretrain.optim.matrices import describe
+from pretrain.optim.muon import MuonConfig
 from pretrain.optim.probe.judge import Line, judge
 from pretrain.optim.probe.plain import Plain
 from pretrain.train.build import engine_for
@@ -80,10 +81,10 @@ class _Witness:
         self.config = config.optimizer
         self.model = Decoder(config.model)
         self.optimizer = config.optimizer.factory(self.model)(self.model)
-        kind = self.config.kind
-        self.bf16 = kind == "muon" and self.config.precision == "bf16"
-        self.iteration = self.config.iteration if kind == "muon" else "tuned"
-        described = describe(self.model, self.config.per_head) if kind == "muon" else {}
+        named = self.config if isinstance(self.config, MuonConfig) else None
+        self.bf16 = named is not None and named.precision == "bf16"
+        self.iteration = "tuned" if named is None else named.iteration
+        described = {} if named is None else describe(self.model, named.per_head)
         self.plain = Plain(self.config, self.model, described)
         self.lines = {name: Line(name) for name, _ in self._parameters()}
 
