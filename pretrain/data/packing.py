@@ -51,13 +51,13 @@ class Row:
 
 class Pieces(NamedTuple):
     """Stretches of the file that make up many sequences, in order. row: int64 [P], which of the sequences that were asked
-    for. first: int64 [P], token of the file. count: int64 [P]. A sequence has T + 1 tokens, of which the last is a target
+    for. first: int64 [P], token of the file. size: int64 [P], tokens. A sequence has T + 1 tokens, of which the last is a target
     only, or T and fewer: then its last has no target and what is missing is padding.
     """
 
     row: np.ndarray
     first: np.ndarray
-    count: np.ndarray
+    size: np.ndarray
 
 
 class Arrangement(Protocol):
