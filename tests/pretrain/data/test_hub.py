@@ -60,7 +60,8 @@ def options(prepared: Path, tmp_path: Path) -> Callable[..., PrepareOptions]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["saved", "files"])
-def test_every_row_is_in_one_unit(folders: Path, name: str, streaming: bool) -> None:
+def test_every_row_is_in_one_unit(folders: Path, name: str, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_BATCH_ROWS", 1 if name == "saved" else 7)
     dataset = HubDataset(str(folders / name), streaming=streaming)
     units = plan([], [dataset], 500)
     assert [text for unit in units for text in documents_of(unit, Reading())] == TEXTS
