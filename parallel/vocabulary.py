@@ -1,8 +1,9 @@
 """The vocabulary shared out over tensor-parallel ranks: embedding, logits and loss without all rows of the table anywhere.
 
     embedding   each rank looks up the tokens that it has rows for; the sum over ranks is reduce-scattered along T
-    loss        each rank computes the logits of its own rows, a chunk of tokens at a time; ranks exchange, per token, only the
-                largest logit, the sum of exponentials and the target's logit (Shoeybi et al., arXiv 1909.08053, section 3)
+    loss        each rank computes the logits of its own rows, a chunk of tokens at a time; ranks exchange, per token, only four
+                numbers, at once: the largest logit, the sum of exponentials, the target's logit and the sum of all (after
+                Shoeybi et al., arXiv 1909.08053, section 3)
 
 Ranks hold T / tp tokens of each row between sublayers (sequence parallelism); positions are those of rank 0 first.
 """
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels.cross_entropy.chunked import default_chunk
-from parallel.collectives import all_gather, gathered, reduce_scatter, scattered, summed
+from kernels.cross_entropy import Shard, Terms, token_losses
+from kernels.cross_entropy.chunked import add_product, default_chunk, scaled
+from parallel.collectives import all_gather, gathered, reduce_scatter, scattered
 
 
 class VocabularyEmbedding(nn.Module):
@@ -111,6 +113,7 @@ class _Loss(torch.autograd.Function):
         learn: bool,
     ) -> Tensor:
         ignore_index, z_loss, smooth, chunk = options
+        terms = Terms(z_loss, smooth)
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         wide = torch.promote_types(x.dtype, torch.float32)
         low = weight.to(x.dtype)
@@ -118,35 +121,21 @@ class _Loss(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if learn and ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=wide, device=x.device)
         step = max(1, chunk // ranks)
+        shard = Shard(rank * weight.shape[0], ranks * weight.shape[0], lambda parts: gathered(parts, 0, group))
+        logits: Tensor | None = None  # of one chunk, whose memory all of them use
         for a in range(0, x.shape[0], step):
             rows = gathered(x[a : a + step], 0, group)  # rank 0's tokens, then rank 1's, ...
+            if logits is None:
+                logits = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
             aims = targets[:, a : a + step].flatten()
             kept = aims != ignore_index
-            own = aims - rank * weight.shape[0]
-            here = kept & (own >= 0) & (own < weight.shape[0])
-            own = own.masked_fill(~here, 0)[:, None]
-            z = (rows @ low.T).to(wide)
-            top = z.amax(1)
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            hit = z.gather(1, own)[:, 0].masked_fill(~here, 0.0)
-            spread = z.sum(1) if smooth else torch.zeros_like(hit)
-            p = z.sub_(top[:, None]).exp_()  # in place: p is z's memory
-            sums, hit, spread = summed(torch.stack((p.sum(1), hit, spread)), group)
-            lse = top + sums.log()
-            vocabulary = weight.shape[0] * ranks
-            losses = lse - (1 - smooth) * hit - smooth / vocabulary * spread + z_loss * lse.square()
+            z = torch.mm(rows, low.T, out=logits[: rows.shape[0]])
+            losses = token_losses(z, aims.where(kept, 0), kept.to(wide), terms, learn=learn, shard=shard)
             total += losses.masked_fill(~kept, 0.0).unflatten(0, (ranks, -1))[rank].sum()
-            if not learn:
-                continue
-            p.mul_(((1 + 2 * z_loss * lse) * kept / sums)[:, None])
-            if smooth:
-                p.sub_((kept.to(wide) * (smooth / vocabulary))[:, None])
-            p.scatter_add_(1, own, (here.to(wide) * (smooth - 1))[:, None])
-            dz = p.to(x.dtype)
             if dx is not None:
-                dx[a : a + step] = scattered(dz @ low, 0, group)
+                dx[a : a + step] = scattered(z @ low, 0, group)
             if dw is not None:
-                dw += dz.T @ rows
+                add_product(dw, z, rows)
         ctx.save_for_backward(dx, dw)
         ctx.dtype = weight.dtype
         return total
@@ -155,9 +144,8 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        # Not in place: a second backward through a retained graph must find the sums as they were.
-        dx = None if dx is None else (dx * upstream).to(dx.dtype)
-        dw = None if dw is None else (dw * upstream).to(ctx.dtype)
+        dx = None if dx is None else scaled(dx, upstream).to(dx.dtype)
+        dw = None if dw is None else scaled(dw, upstream).to(ctx.dtype)
         return dx, dw, None, None, None, None
 
 

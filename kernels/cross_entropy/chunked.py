@@ -22,7 +22,9 @@ from torch.autograd.function import once_differentiable
 from kernels.cross_entropy.logits import Shard, Terms, token_losses, wide_dtype
 
 CHUNK_LOGITS = 1 << 25  # logits held at a time (64 MiB in bf16) where a chunk of 256 to 1024 tokens allows it
-SLICE = 1 << 22  # entries of the weight's gradient that a product in low precision fills before they are added up
+# Entries of the weight's gradient that a product in low precision fills before they are added up; on a CPU they stay in the
+# second-level cache, widened, while that is done.
+SLICE, SLICE_CPU = 1 << 24, 1 << 20
 
 
 def linear_cross_entropy(
@@ -89,7 +91,7 @@ def add_product(total: Tensor, logits: Tensor, x: Tensor) -> None:
         return
     # The product comes in low precision: by slices of rows, so that there is never a second tensor of the weight's size.
     V, D = total.shape
-    height = max(1, min(V, SLICE // D))
+    height = max(1, min(V, (SLICE_CPU if x.device.type == "cpu" else SLICE) // D))
     product = torch.empty(height, D, dtype=x.dtype, device=x.device)
     for a in range(0, V, height):
         rows = slice(a, min(a + height, V))

@@ -91,7 +91,7 @@ def token_losses(
             lse[rows] = (top + total.log()).squeeze(-1)
             if learn:
                 z.mul_((1 + 2 * terms.z_loss * lse[rows, None]) * factor[rows, None] / total)
-                _store(z, logits[rows], factor[rows], smooth / V)
+                _store(z, logits[rows], block, factor[rows], smooth / V)
     vocabulary, spread = V, parts[0, 3]
     if shard is not None:
         vocabulary = shard.vocabulary
@@ -102,7 +102,7 @@ def token_losses(
             else:
                 z = _widened(logits[rows], block, bias).sub_(lse[rows, None]).exp_()
             z.mul_((1 + 2 * terms.z_loss * lse[rows, None]) * factor[rows, None])
-            _store(z, logits[rows], factor[rows], smooth / vocabulary)
+            _store(z, logits[rows], block, factor[rows], smooth / vocabulary)
     if learn:
         # The target's own entry is taken anew in fp32, for p - 1 would cancel after p has been rounded. Each row has one
         # target, so nothing collides.
@@ -119,9 +119,9 @@ def _widened(low: Tensor, block: Tensor | None, bias: Tensor | None) -> Tensor:
     return z if bias is None else z.add_(bias)
 
 
-def _store(z: Tensor, low: Tensor, factor: Tensor, even: float) -> None:
+def _store(z: Tensor, low: Tensor, block: Tensor | None, factor: Tensor, even: float) -> None:
     """Takes the evenly spread share off the gradient z, and brings it to where the logits were."""
     if even:
         z.sub_(factor[:, None] * even)
-    if low.data_ptr() != z.data_ptr():
+    if block is not None:
         low.copy_(z)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kernels.cross_entropy.chunked import default_chunk
+from kernels.cross_entropy.chunked import SLICE, SLICE_CPU, default_chunk
+from kernels.cross_entropy.logits import BLOCK_LOGITS
 from pretrain.estimate.setting import Held, Setting
 from pretrain.estimate.trace import Measured
 
@@ -87,12 +88,10 @@ def _around_layers(setting: Setting, held: Held) -> Around:
     stream, normed = 4.0 * own * D, low * own * D
     after = stream + 4.0 * own + losses * (normed + table)
     chunk = min(default_chunk(T, V), T)
-    if tp > 1:
-        scratch = chunk * V * (4.0 + low) + low * chunk * D * 2 + low * V * D
-    else:
-        scratch = chunk * V * low + low * V * D
-        if low != 4:
-            scratch += 4.0 * chunk * V if setting.way.gpu else 2.0**20
+    scratch = chunk * V * low + (low * chunk * D * 2 if tp > 1 else 0.0)
+    if low != 4:  # a part of the weight's gradient, and on a CPU a block of widened logits
+        part = low * min(V * D, SLICE) if setting.way.gpu else (low + 4.0) * min(V * D, SLICE_CPU)
+        scratch += part + (0.0 if setting.way.gpu else 4.0 * min(chunk * V, BLOCK_LOGITS))
     weight = low * V * D if low != 4 else 0.0
     extra = 0.0
     if model.extra is not None:
@@ -100,5 +99,5 @@ def _around_layers(setting: Setting, held: Held) -> Around:
         extra = measured.inner + measured.stream + measured.state + 2 * stream + low * own * 2 * D
         after += extra
     loss = after + normed + weight + scratch
-    loss_backward = table + normed + (stream if low != 4 else 0.0)
+    loss_backward = stream if low != 4 else 0.0  # gradients are scaled in place
     return Around(before, after, loss, loss_backward, table + 4.0 * own * D, table)

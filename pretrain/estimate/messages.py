@@ -100,8 +100,7 @@ def of_ends(setting: Setting, held: Held) -> Iterator[engines.Send]:
             chunks = math.ceil(rows // grid.tp / step)
             calls, part = chunks * losses * times, rows / chunks
             yield Send("tp", "all_gather", "loss: tokens", setting.low * part * D, calls, False)
-            yield Send("tp", "all_reduce", "loss: largest logits", 4.0 * part, calls, False)
-            yield Send("tp", "all_reduce", "loss: sums of exponentials", 12.0 * part, calls, False)
+            yield Send("tp", "all_gather", "loss: sums of exponentials", 16.0 * part * grid.tp, calls, False)
             yield Send("tp", "reduce_scatter", "loss: gradients of tokens", setting.low * part * D, calls, False)
         if model.extra is not None:
             yield Send("cp", "all_gather", "following tokens", 16.0 * grid.cp, 2 * times, False)

@@ -5,8 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
-from kernels.cross_entropy import chunked, linear_cross_entropy, logits
+from kernels.benching.memory import peak_bytes
+from kernels.cross_entropy import Shard, chunked, linear_cross_entropy, logits
+from pretrain.estimate.memory import Memory
 
 IGNORED = -100
 
@@ -210,6 +213,104 @@ def test_default_chunk_is_even_and_bounded():
     assert chunked.default_chunk(4096, 256_000) == 256
     assert chunked.default_chunk(5, 4096) == 5
     assert chunked.default_chunk(0, 4096) == 1
+
+
+def of_parts(parts, tensors, targets, **options):
+    """What ranks with `parts` of the vocabulary compute, one by one: first each rank's numbers are kept, then gathered."""
+    V, first, kept = tensors[1].shape[0], 0, []
+    shares = []
+    for rows in parts:
+        shares.append((first, [tensors[0], *(t[first : first + rows] for t in tensors[1:])]))
+        first += rows
+
+    def keep(numbers):
+        kept.append(numbers.clone())
+        return numbers
+
+    for first, share in shares:
+        with torch.no_grad():
+            bias = share[2] if len(share) > 2 else None
+            shard = Shard(first, V, keep)
+            linear_cross_entropy(*share[:2], targets, bias=bias, shard=shard, **{**options, "reduction": "none"})
+    chunks = len(kept) // len(parts)
+    results = []
+    for first, share in shares:
+        turn = itertools.count()
+
+        def gather(numbers, turn=turn):
+            i = next(turn) % chunks
+            return torch.cat([kept[i + rank * chunks] for rank in range(len(parts))])
+
+        results.append(run(share, targets, shard=Shard(first, V, gather), **options))
+    return results
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("terms", TERMS[::7], ids=str)
+def test_parts_of_a_vocabulary_are_the_whole(dtype, tolerance, reduction, terms, block):
+    tensors, targets = operands(dtype=dtype, bias=terms["bias"])
+    options = {key: value for key, value in terms.items() if key != "bias"} | {"reduction": reduction, "chunk": 4}
+    loss, dx, *parameters = run(tensors, targets, **options)
+    results = of_parts((4, 1, 8), tensors, targets, **options)
+    for result in results:
+        assert_same(result[:1], [loss], tolerance)
+    assert_same([sum(result[1] for result in results)], [dx], tolerance)
+    for i, whole in enumerate(parameters):
+        assert_same([torch.cat([result[2 + i] for result in results])], [whole], tolerance)
+
+
+def test_parts_in_bf16_and_targets_of_the_whole():
+    tensors, targets = operands(40, 16, 30, dtype=torch.bfloat16, weights=torch.float32, bias=False)
+    exact = run([t.double() for t in tensors], targets, reduction="sum")
+    results = of_parts((10, 20), tensors, targets, reduction="sum")
+    found = [results[0][0], results[0][1].double() + results[1][1], torch.cat([r[2] for r in results])]
+    for x, true in zip(found, exact, strict=True):
+        assert (x.double() - true).norm() <= 2**-7 * true.norm()
+    shard = Shard(0, 13, lambda numbers: numbers)
+    with pytest.raises(ValueError, match=r"targets\[2\] = 13 is neither a row of weight \(0..12"):
+        linear_cross_entropy(torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([12, 0, 13]), shard=shard)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_a_large_vocabulary_takes_a_fifth_of_the_memory(half, monkeypatch):
+    """At V = 262144, N = 4096 and D = 1024: every allocation counted, on tensors without memory.
+
+    Blocks are larger than a CPU takes them, to save time: that only adds to our side.
+    """
+    monkeypatch.setattr(logits, "BLOCK_LOGITS", 1 << 26)
+    monkeypatch.setattr(chunked, "SLICE_CPU", 1 << 24)
+    monkeypatch.setattr("kernels.cross_entropy._check_targets", lambda *_: None)  # there are no values to look at
+
+    def all_logits(x, weight, targets):
+        return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets)
+
+    peaks = []
+    for function in (linear_cross_entropy, all_logits):
+        with FakeTensorMode():
+            x = torch.empty(4096, 1024, dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
+            weight = torch.empty(262144, 1024, requires_grad=True)
+            targets = torch.empty(4096, dtype=torch.int64)
+            with Memory() as memory:
+                torch.autograd.grad(function(x, weight, targets), (x, weight))
+        peaks.append(memory.peak)
+    assert peaks[0] <= peaks[1] / 5
+    assert peaks[0] >= 4 * 262144 * 1024  # the weight's gradient at least: something was counted
+
+
+def test_the_peak_is_the_gradients_and_one_chunk_of_logits():
+    """Counted on real tensors: the backward scales in place, and hands on the one copy there is."""
+    N, D, V = 64, 256, 8192
+    x, weight = draw(N, D, dtype=torch.float32).requires_grad_(), draw(V, D, dtype=torch.float32).requires_grad_()
+    targets = torch.arange(N)
+
+    def step():
+        x.grad = weight.grad = None
+        (linear_cross_entropy(x, weight, targets, reduction="sum", chunk=16) * 0.5).backward()
+
+    peak = peak_bytes(step, torch.device("cpu"))
+    least = 4 * (V * D + 16 * V)
+    assert least <= peak <= least + 4 * N * D + 4 * 16 * V // 2
 
 
 @pytest.mark.parametrize(
