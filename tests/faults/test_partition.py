@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.partition import STEPS
-from tests.pretrain.corpus import ROOT
-from tests.pretrain.corpus import prepare as prepare_corpus
+from tests.ranks import ROOT
 
 
 def networks_allowed() -> bool:
@@ -24,8 +23,7 @@ def networks_allowed() -> bool:
 
 
 @pytest.mark.skipif(not networks_allowed(), reason="needs unshare, nsenter, ip, and leave to make network namespaces")
-def test_a_pulled_cable_ends_both_ranks_and_the_run_goes_on_after(tmp_path: Path) -> None:
-    corpus = prepare_corpus(tmp_path / "corpus")
+def test_a_pulled_cable_ends_both_ranks_and_the_run_goes_on_after(corpus: Path, tmp_path: Path) -> None:
     command = ["unshare", "-Urn", sys.executable, "tests/faults/partition.py", str(tmp_path / "run"), str(corpus)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
