@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.benching import dense
+from kernels.benching import dense, pointwise
 from kernels.benching.workloads import Inputs, Shape, Workload
 from kernels.dispatch import VARIABLE, Request, explain
 from kernels.offline.choice import requested
@@ -258,6 +258,10 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     "rms_norm": (_torch("rms_norm", _rms),),
     "gated_rms_norm": (_torch("rms_norm * silu", _gated_rms),),
+    "add_rms_norm": (_torch("add, rms_norm", pointwise.added),),
+    "rotary": (_torch("rotate_half", pointwise.rotate_half),),
+    "rotary_interleaved": (_torch("complex product", pointwise.complex_product),),
+    "swiglu": (_torch("silu * up", pointwise.gated),),
     "attention": (_torch("sdpa", dense.sdpa), _torch("softmax(q k) v", dense.written_out)),
     "sliding_attention": (_torch("sdpa, masked", dense.sdpa), _torch("softmax(q k) v", dense.written_out)),
     "experts": (_torch("a loop over experts", dense.expert_loop), _torch("grouped_mm", dense.grouped)),

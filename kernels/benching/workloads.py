@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.benching import dense
+from kernels.benching import dense, pointwise
 from kernels.benching.shapes import Inputs, Shape, Workload, finish, generator_of, leaves, normal
 
 __all__ = ["CPU_SHAPES", "GPU_SHAPES", "WORKLOADS", "Inputs", "Shape", "Workload", "chosen", "leaves"]
@@ -152,6 +152,7 @@ WORKLOADS: dict[str, Workload] = {
         Workload("short_convolution", "short_conv", _convolution, _call_convolution),
         Workload("rms_norm", "norm", _rows(gated=False, heads=False), _call_rms_norm),
         Workload("gated_rms_norm", "norm", _rows(gated=True, heads=True), _call_gated_norm),
+        *pointwise.WORKLOADS,
         *dense.WORKLOADS,
     )
 }
