@@ -254,9 +254,12 @@ class DeepSpeedEngine(Engine):
     def _initialise_state(self) -> None:
         """Gives the flat partitions their (zero) optimizer state before the first step, so that it can be saved and loaded."""
         state = self.zero.optimizer.state
+        fused = any(group.get("fused") for group in self.zero.optimizer.param_groups)
         for flat in self._flats:
             if not state.get(flat):
-                state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat.detach()) for key in MOMENTS}}
+                # The fused kernel wants its count where the weights are, the other form on the host.
+                step = torch.zeros((), device=flat.device if fused else "cpu")
+                state[flat] = {"step": step, **{key: torch.zeros_like(flat.detach()) for key in MOMENTS}}
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
