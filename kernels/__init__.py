@@ -5,6 +5,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.delta_rule import delta_rule
 from kernels.experts import experts
 from kernels.gated_linear_attention import gated_linear_attention
+from kernels.newton_schulz import newton_schulz
 from kernels.norm import add_rms_norm, gated_rms_norm, l2_norm, rms_norm
 from kernels.rotary import rotary
 from kernels.short_conv import short_convolution
@@ -20,6 +21,7 @@ __all__ = [
     "gated_rms_norm",
     "l2_norm",
     "linear_cross_entropy",
+    "newton_schulz",
     "rms_norm",
     "rotary",
     "selective_scan",
