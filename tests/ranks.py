@@ -52,11 +52,11 @@ PRELOAD = (
     "parallel.expert.apply",
     "pretrain.checkpoint.lifecycle",
     "pretrain.checkpoint.near.tier",
+    "pretrain.equivalence.gate",
     "pretrain.model.decoder",
 )
 TRAINING = (  # to preload for ranks that train: a run of a few steps takes half a second, these take ten
     "deepspeed",
-    "pretrain.equivalence.gate",
     "pretrain.train.loop",
     "rich.progress",
     "rich._emoji_codes",
