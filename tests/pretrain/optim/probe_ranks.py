@@ -124,3 +124,14 @@ def lines(
             run, batches = data(run, mesh, random=True, steps=2)
             found.append(probe(run, job, mesh, batches, 2))
     return found
+
+
+def furthest(
+    rank: int, world: int, model: str, optimizer: str, meshes: list[dict[str, Any]]
+) -> list[tuple[float, int]]:
+    """For each layout, how far the furthest parameter is from one rank's, given the same gradients; how many are wrong."""
+    found = []
+    for sizes in meshes:
+        (each,) = lines(rank, world, model, optimizer, sizes, [None], {})
+        found.append((max((line.alone for line in each), default=0.0), sum(bool(line.faults) for line in each)))
+    return found

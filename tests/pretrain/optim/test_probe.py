@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.equivalence import layouts
+from pretrain.equivalence.gate import short_run
 from pretrain.optim.probe.__main__ import main
 from pretrain.optim.probe.judge import Line
-from tests.pretrain.optim.probe_ranks import FAULTS, lines
+from tests.pretrain.equivalence_models import MODELS, config
+from tests.pretrain.optim.probe_ranks import FAULTS, furthest, lines
 from tests.ranks import ROOT, run_ranks
 
 MUON = ["silently_sgd", "silently_normalised", "silently_adamw", "momentum_forgotten", "no_decay"]
@@ -71,6 +74,19 @@ def test_on_two_ranks(optimizer: str, sizes: dict[str, Any], fault: str | None) 
     assert len(good) > 20
     for found in bad:
         assert wrong(found)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_of_the_gate_equals_one_rank(model: str, world: int) -> None:
+    """Given the same gradients, to 1e-5 in fp32; `pytest --campaign -s` prints how far each layout is off."""
+    legal = layouts.legal(short_run(config(model), world), world)
+    meshes = [mesh.model_dump(exclude_defaults=True) for mesh in legal]
+    found = run_ranks(furthest, world, model, "muon", meshes, timeout=3000)[0]
+    for mesh, (off, wrong) in zip(legal, found, strict=True):
+        print(f"{model}, {layouts.name(mesh, world)}: {off:.0e}")
+        assert off <= 1e-5 and wrong == 0, layouts.name(mesh, world)
 
 
 def test_every_fault_is_planted_somewhere() -> None:
