@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,7 +24,7 @@ class _SwiGLU(torch.autograd.Function):
         rows = gate_up.reshape(-1, 2 * H)
         y = torch.empty(rows.shape[0], H, dtype=rows.dtype, device=rows.device)
         for block in row_blocks(y):
-            torch.ops.aten.silu.out(rows[block, :H], out=y[block]).mul_(rows[block, H:])
+            _silu_times(rows[block, :H], rows[block, H:], y[block])
         ctx.save_for_backward(gate_up)
         return y.view(*gate_up.shape[:-1], H)
 
@@ -36,9 +37,16 @@ class _SwiGLU(torch.autograd.Function):
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         for block in row_blocks(dys):
             gate, d = rows[block, :H], dys[block]
-            torch.ops.aten.silu.out(gate, out=out[block, H:]).mul_(d)
+            _silu_times(gate, d, out[block, H:])
             torch.ops.aten.silu_backward.grad_input(d * rows[block, H:], gate, grad_input=out[block, :H])
         return out.view(gate_up.shape)
+
+
+def _silu_times(gate: Tensor, factor: Tensor, out: Tensor) -> None:
+    if gate.dtype in (torch.float32, torch.float64):
+        torch.ops.aten.silu.out(gate, out=out).mul_(factor)
+    else:  # a product in place was measured a seventh slower in bf16
+        torch.mul(F.silu(gate), factor, out=out)
 
 
 def swiglu_chunked(gate_up: Tensor) -> Tensor:
