@@ -46,7 +46,7 @@ def check(found: dict[str, Any], expected: int) -> None:
     assert sum(map(len, found.values())) == expected
 
 
-@pytest.mark.parametrize(("world", "count"), [(2, 3), (4, 2)])
+@pytest.mark.parametrize(("world", "count"), [(2, 2), (4, 1)])  # more of them: mutation_ranks.py, and the campaign
 def test_layouts_train_as_one_rank(world: int, count: int) -> None:
     wanted = [(model, sample(model, world, count)) for model in MODELS]
     found = run_ranks(verdicts, world, wanted, timeout=300, preload=TRAINING)[0]
