@@ -16,7 +16,7 @@ Found = dict[str, tuple[bool, list[str], float]]
 
 
 def short(model: str, world: int, optimizer: str, **changes: Any) -> RunConfig:
-    run = short_run(config(model), world, optimizer=optimizer)
+    run = short_run(config(model), world, length=32, optimizer=optimizer)
     return run.model_copy(update={"optimizer": run.optimizer.model_copy(update=changes)})
 
 
