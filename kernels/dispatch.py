@@ -64,6 +64,15 @@ def triton_objection(request: Request) -> str | None:
     return None
 
 
+def eager_objection(request: Request) -> str | None:
+    """For forms that save passes over memory by writing into slices: torch.compile fuses the reference's operations by itself,
+    and takes outputs that are views of one another for what they are not.
+    """
+    if torch.compiler.is_compiling() and forced_form() is None:
+        return "torch.compile fuses the reference form by itself"
+    return None
+
+
 @functools.cache  # looking for a package walks the whole path: 40 microseconds, at every call of every operator
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

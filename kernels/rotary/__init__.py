@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Form, Request, choose, triton_objection
+from kernels.dispatch import Form, Request, choose, eager_objection, triton_objection
 
 __all__ = ["FORMS", "rotary"]
 
 FORMS = (
     Form("triton", "kernels.rotary.triton", "rotary_triton", triton_objection),
-    Form("chunked", "kernels.rotary.chunked", "rotary_chunked"),
+    Form("chunked", "kernels.rotary.chunked", "rotary_chunked", eager_objection),
     Form("reference", "kernels.rotary.reference", "rotary_reference"),
 )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Form, Request, choose, triton_objection
+from kernels.dispatch import Form, Request, choose, eager_objection, triton_objection
 
 __all__ = ["FORMS", "swiglu"]
 
 FORMS = (
     Form("triton", "kernels.swiglu.triton", "swiglu_triton", triton_objection),
-    Form("chunked", "kernels.swiglu.chunked", "swiglu_chunked"),
+    Form("chunked", "kernels.swiglu.chunked", "swiglu_chunked", eager_objection),
     Form("reference", "kernels.swiglu.reference", "swiglu_reference"),
 )
 

@@ -40,7 +40,7 @@ def test_every_workload_runs_and_every_input_gets_a_gradient(name):
     workload = WORKLOADS[name]
     inputs = workload.inputs(TINY, torch.float32, CPU)
     gradients = measure.runner(workload.call, inputs, measure.BOTH)()
-    assert len(gradients) == len(leaves(inputs)) >= 2
+    assert len(gradients) == len(leaves(inputs)) >= 1
     assert all(bool((g != 0).any()) and bool(g.isfinite().all()) for g in gradients)
     again = workload.inputs(TINY, torch.float32, CPU)
     assert all(torch.equal(a, b) for a, b in zip(leaves(inputs), leaves(again)))  # the same data for everyone

@@ -18,8 +18,9 @@ from parallel.bench.device import Launch
 from parallel.bench.groups import Shape, teams
 from parallel.bench.interrupt import Stop
 from parallel.bench.operations import OPERATIONS
+from parallel.bench.summary import increments
 from parallel.bench.sweep import Bench, Task
-from parallel.bench.timing import Control, Plan
+from parallel.bench.timing import Control, Plan, host_clock
 from parallel.processes import Processes, join
 
 Answer = tuple[int, str, str]
@@ -129,6 +130,32 @@ def slow_messages(rank: int, world: int, seconds: float) -> list[float]:
         bench = Bench(Control(processes, stop), Plan(warmup=1, iterations=5), Launch(), "gloo")
         (row,) = bench.rows(Task(team, OPERATIONS["send_recv_pairs"], "fp32", (False,), (64,)))
     return [row.min, row.microseconds]
+
+
+def same_iterations(rank: int, world: int, size: int, count: int) -> dict[str, Any]:
+    """Microseconds of one all_reduce by the bench's clock and by a bare loop's, of the very same iterations; and what the clock
+    adds to an iteration of nothing.
+    """
+    processes: Processes = join("cpu")
+    x = torch.ones(size // 4)
+    around: list[float] = []
+
+    def call() -> None:
+        dist.all_reduce(x)
+        around.append(time.perf_counter())
+
+    with Stop() as stop:
+        control = Control(processes, stop)
+        host_clock(call)(3)
+        dist.barrier()
+        ends = control.maxima(host_clock(call)(count + 1))
+        bare = (
+            (around[-1] - around[-1 - count]) / count * 1e6
+        )  # from the end of the first, which brings ranks into step
+        ours = sum(increments(ends)[1:]) / count
+        nothing = host_clock(lambda: None)
+        added = min(nothing(1000)[-1] / 1000 for _ in range(20))
+        return {"ours": ours, "bare": control.maxima([bare])[0], "added": added}
 
 
 def against_bare(rank: int, world: int, sizes: list[int], rounds: int) -> list[dict[str, Any]]:

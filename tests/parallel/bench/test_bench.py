@@ -272,6 +272,15 @@ def test_ctrl_c_of_the_real_command(tmp_path: Path) -> None:
     assert "cannot go on" not in err
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_clock_says_of_the_same_iterations_what_a_bare_loop_says(world: int) -> None:
+    """Whatever the machine does meanwhile: it does it to both."""
+    for size in (64 << 10, 1 << 20):
+        found = run_ranks(bench_ranks.same_iterations, world, size, 200)[0]
+        assert found["ours"] == pytest.approx(found["bare"], rel=0.02)
+        assert 0 < found["added"] < 0.02 * found["bare"]  # microseconds that taking the time costs
+
+
 def mean(a: float, b: float) -> float:
     return (a + b) / 2
 
