@@ -219,7 +219,8 @@ def make_all(
     try:
         while True:
             while len(waiting) < 2 * workers and more() and (following := next(ahead, None)) is not None:
-                waiting[pool.submit(_run, following)] = following
+                with interruption.held():  # it may start a worker
+                    waiting[pool.submit(_run, following)] = following
             if not waiting:
                 return
             interruption.check()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _requested = threading.Event()
+_holding = False
 
 
 @contextmanager
@@ -28,6 +29,23 @@ def noted() -> Iterator[None]:
         _requested.clear()
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Within it both signals wait, for starting a process: it would die with a traceback if its parent did not finish.
+
+    What is started here never sees SIGINT (Ctrl-C reaches a whole group, and the parent decides), but SIGTERM.
+    """
+    global _holding
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    _holding = True
+    try:
+        yield
+    finally:
+        _holding = False
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    check()
+
+
 def check() -> None:
     """Raises KeyboardInterrupt if one was requested and got lost."""
     if _requested.is_set():
@@ -36,4 +54,5 @@ def check() -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     _requested.set()
-    raise KeyboardInterrupt
+    if not _holding:
+        raise KeyboardInterrupt

@@ -83,7 +83,9 @@ def test_two_ranks_one_two_with_the_same_batches(corpus: Path, tmp_path: Path) -
     assert [first.returncode, again.returncode] == [0, 0]
     ends = journal(run, "end")
     assert [(end["host"], end["code"], end["decision"]) for end in ends[:1]] == [("127.0.0.1", 1, "restart")]
-    assert {(end["host"], end["code"]) for end in ends[1:]} == {("127.0.0.1", 0), ("127.0.0.2", 0)}
+    # A launch that the returning host was too slow for may have ended between: with another start.
+    assert all(end["decision"] == "restart" for end in ends[1:] if end["code"])
+    assert {(end["host"], end["code"]) for end in ends[1:] if not end["code"]} == {("127.0.0.1", 0), ("127.0.0.2", 0)}
     assert json.loads((run / "checkpoints/step_00000008/meta.json").read_text())["world"] == 2
     # The bound of a change of ranks in the middle: tests/pretrain/train/test_resume.py.
     run_ranks(train_on_rank, 1, tmp_path / "alone", corpus, settings, preload=TRAINING)
