@@ -290,6 +290,12 @@ def _stacks(job: _Job, processes: Sequence[Any], ranks: Sequence[int], what: str
     return [f"rank {rank} of {job.world}: {what}\n{f.read_text() if f.exists() else ''}" for rank, f in files.items()]
 
 
+def _all_connected(store: Any, rank: int, job: _Job) -> None:
+    """Wait until every rank has its group: one that is done at once would close connections that others still make."""
+    store.set(f"connected/{rank}", "")
+    store.wait([f"connected/{other}" for other in range(job.world)], timedelta(seconds=job.timeout))
+
+
 def _rank(rank: int, job: _Job, send: Connection, calls: Connection) -> None:
     calls.close()
     with contextlib.suppress(OSError, AttributeError):
@@ -312,6 +318,7 @@ def _rank(rank: int, job: _Job, send: Connection, calls: Connection) -> None:
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=job.world, timeout=timedelta(seconds=job.timeout)
         )
+        _all_connected(store, rank, job)
         function, args = pickle.loads(job.payload)
         result = pickle.dumps(function(rank, job.world, *args))
     except BaseException:
