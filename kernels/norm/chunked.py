@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.common.rows import row_blocks
+
 BLOCK_ELEMENTS = 65536  # a thread; 256 KiB in fp32, so that the four blocks in use fit the L2 cache
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
-    n, D = x.shape
-    rows = n if x.device.type != "cpu" else max(1, BLOCK_ELEMENTS * torch.get_num_threads() // D)
-    for start in range(0, n, max(rows, 1)):
-        yield slice(start, min(start + rows, n))
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    return row_blocks(rows, BLOCK_ELEMENTS)
 
 
 def _statistic(h: Tensor, eps: float, mean: bool) -> Tensor:
