@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -31,15 +33,25 @@ def _on_cpu(call: Callable[[], object]) -> int | None:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
     try:
-        events = profile.profiler.kineto_results.events()
-        changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+        levels = memory_levels(profile.profiler.kineto_results.events(), DeviceType.CPU)
     except (AttributeError, RuntimeError):  # the raw events are not a public interface of torch
         return None
     del result
-    if not changes:
-        return None
-    level = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
+    return max(0, *(level for _, level in levels)) if levels else None
+
+
+def memory_levels(events: Iterable[Any], device: DeviceType) -> list[tuple[int, int]]:
+    """(nanoseconds, bytes allocated on the device since the first of the events, freed ones deducted), in the order of time.
+
+    events: raw ones of a profile with profile_memory=True.
+    """
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in events
+        if event.name() == "[memory]" and event.device_type() == device
+    ]
+    level, found = 0, []
+    for time, change in sorted(changes, key=lambda pair: pair[0]):
         level += change
-        peak = max(peak, level)
-    return peak
+        found.append((time, level))
+    return found

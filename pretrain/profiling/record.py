@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
+from kernels.benching.memory import memory_levels
 from parallel.ranges import PREFIX
 from pretrain.profiling.attribution import MODULE, Event, attribute
 from pretrain.profiling.report import Profile, write
@@ -20,24 +22,24 @@ if TYPE_CHECKING:
 FOLDER = "profile"
 
 
-def profiler(config: RunConfig) -> list[Callback]:
-    """The callback, if the configuration asks for it."""
-    return [] if config.profile is None else [Recorder(config)]
+def profiler(config: RunConfig, say: Callable[[str], None]) -> list[Callback]:
+    """The callback, if the configuration asks for it. say: prints a text, on the talking rank only."""
+    return [] if config.profile is None else [Recorder(config, say)]
 
 
 class Recorder(Callback):
     """Writes RUN/profile/step_N.rank_R.{trace.json.gz,json,txt,png} for the steps from N on."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, say: Callable[[str], None]):
         assert config.profile is not None
-        self.config = config.profile
+        self.config, self.say = config.profile, say
         self.compiled = config.train.compile
         self.torch: Any = None
         self.ranges: ModuleRanges | None = None
 
     def on_start(self, run: Run) -> None:
         if run.step >= self.config.start:
-            self._say(run, f"profile: step {self.config.start} is past (the run is at {run.step}); nothing is profiled")
+            self.say(f"profile: step {self.config.start} is past (the run is at {run.step}); nothing is profiled")
         self._begin(run)
 
     def on_step(self, run: Run) -> None:
@@ -74,13 +76,8 @@ class Recorder(Callback):
         kept.export_chrome_trace(f"{stem}.trace.json.gz")
         profile = read(kept, run.processes.device.type, self.config.start)
         write(profile, stem)
-        self._say(run, profile.table())
-        self._say(run, f"profile: {stem}.txt, .png, .json and .trace.json.gz (open it with https://ui.perfetto.dev)")
-
-    @staticmethod
-    def _say(run: Run, text: str) -> None:
-        if run.processes.first:
-            print(text, flush=True)
+        self.say(profile.table())
+        self.say(f"profile: {stem}.txt, .png, .json and .trace.json.gz (open it with https://ui.perfetto.dev)")
 
     def close(self) -> None:
         if self.torch is not None:
@@ -143,31 +140,23 @@ def read(kept: Any, device: str, start: int) -> Profile:
 
 def _events(found: Sequence[Any]) -> Iterator[Event]:
     for event in found:
-        if event.device_type() == torch.autograd.DeviceType.CPU and event.name() != "[memory]":
+        if event.device_type() == DeviceType.CPU and event.name() != "[memory]":
             name, begin = event.name(), event.start_ns() / 1e9
             plain = not event.is_user_annotation() and not name.startswith(PREFIX)
-            # What was not over when the profile ended has no end.
             end = begin + event.duration_ns() / 1e9
             yield Event(name, begin, end, event.start_thread_id(), event.sequence_nr(), plain and not event.is_async())
 
 
 def _timeline(found: Sequence[Any], device: str, begin: float) -> list[tuple[float, int]]:
     """(seconds since the first profiled step began, bytes allocated since then, freed ones deducted)."""
-    kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
-    changes = [
-        (e.start_ns() / 1e9 - begin, e.nbytes()) for e in found if e.name() == "[memory]" and e.device_type() == kind
-    ]
-    total, line = 0, []
-    for time, change in sorted(changes):
-        total += change
-        line.append((time, total))
-    return line
+    kind = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    return [(time / 1e9 - begin, level) for time, level in memory_levels(found, kind)]
 
 
 def _device_times(found: Sequence[Any]) -> dict[str, float]:
     """Seconds of every kernel by name, where there is a GPU."""
     times: dict[str, float] = {}
     for event in found:
-        if event.device_type() != torch.autograd.DeviceType.CPU and event.name() != "[memory]":
+        if event.device_type() != DeviceType.CPU and event.name() != "[memory]":
             times[event.name()] = times.get(event.name(), 0.0) + event.duration_ns() / 1e9
     return times

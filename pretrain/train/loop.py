@@ -87,7 +87,7 @@ class Loop:
             self.near,
             self.save,
             LossCurve(),
-            *profiler(config),  # last: what it measures includes the others
+            *profiler(config, self.progress.say),  # last: what it measures includes the others
         ]
         self.whole = empty(config.model)  # for counting: this rank may hold a part of the model only
         self.sharers = parts.mesh.grid.world // parts.mesh.dp_size  # ranks that compute one batch together

@@ -26,7 +26,7 @@ class Progress(Callback):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         if self.console.is_terminal:
             columns = (
                 TextColumn("step"),

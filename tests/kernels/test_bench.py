@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,27 @@ def test_peak_memory_counts_what_lives_at_once():
 
     assert memory.peak_bytes(call, CPU) == pytest.approx(3_000_000, rel=0.01)
     assert memory.peak_bytes(lambda: torch.empty(250_000), CPU) == pytest.approx(1_000_000, rel=0.01)
+
+
+def test_memory_levels_are_in_the_order_of_time_and_of_one_device():
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(time, size, device=cpu, name="[memory]"):
+        return SimpleNamespace(
+            start_ns=lambda: time, nbytes=lambda: size, device_type=lambda: device, name=lambda: name
+        )
+
+    events = [
+        event(30, -5),
+        event(10, 5),
+        event(20, 7, cuda),
+        event(20, 8),
+        event(20, -8),
+        event(15, 9, name="aten::mm"),
+    ]
+    assert memory.memory_levels(events, cpu) == [(10, 5), (20, 13), (20, 5), (30, 0)]
+    assert memory.memory_levels(events, cuda) == [(20, 7)]
+    assert memory.memory_levels([], cpu) == []
 
 
 def test_verdicts_need_no_tensors_and_no_gpu(monkeypatch):

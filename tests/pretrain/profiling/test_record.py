@@ -7,10 +7,14 @@ import gzip
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pretrain.profiling.attribution import PHASES
+from pretrain.profiling.record import profiler
+from pretrain.train.progress import Progress
 from tests.pretrain.train.small_run import configuration, records, train
 from tests.ranks import TRAINING, run_ranks
 
@@ -58,3 +62,18 @@ def test_a_start_that_is_past_is_said(corpus: Path, tmp_path: Path) -> None:
     (text,) = run_ranks(said, 1, run, corpus, ("train.steps=3", "profile.start=2"), preload=TRAINING)
     assert "profile: step 2 is past (the run is at 2); nothing is profiled" in text
     assert not (run / "profile").exists()
+
+
+def test_words_go_the_loops_way(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which knows of the bar in a terminal, and of who talks; brackets in them are no markup."""
+    config = configuration(tmp_path, corpus, "profile.start=3")
+    run: Any = SimpleNamespace(config=config, step=5, processes=SimpleNamespace(first=True))
+    words: list[str] = []
+    (recorder,) = profiler(config, words.append)
+    recorder.on_start(run)
+    assert words == ["profile: step 3 is past (the run is at 5); nothing is profiled"]
+    assert capsys.readouterr().out == ""
+    progress = Progress(every=1)
+    progress.on_start(run)
+    progress.say("a[0] :gear: [bold]")
+    assert capsys.readouterr().out == "a[0] :gear: [bold]\n"
