@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -83,13 +84,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plain_torch(names: list[str]) -> None:
-    """On a CPU transformers would call GPU kernels of packages that happen to be installed; it has torch code for that."""
-    for name in names:
-        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        for key, value in list(vars(module).items()):
-            if inspect.isfunction(value) and hasattr(value, "__wrapped__") and value.__module__ == module.__name__:
-                setattr(module, key, inspect.unwrap(value))
+def torch_forms(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """A modeling module's functions in whose place transformers calls GPU kernels of packages that happen to be installed, in
+    their own torch code: by name, to be set instead on a CPU."""
+    return {
+        name: inspect.unwrap(value)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and hasattr(value, "__wrapped__") and value.__module__ == module.__name__
+    }
 
 
 def pair(name: str, device: str, length: int) -> tuple[nn.Module, nn.Module]:
@@ -104,7 +106,9 @@ def pair(name: str, device: str, length: int) -> tuple[nn.Module, nn.Module]:
     kind, layers = MODELS[name]
     section = DecoderConfig.model_validate({**COMMON, **layers})
     if device == "cpu":
-        plain_torch(["qwen3_next"])
+        modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        for function, plain in torch_forms(modeling).items():
+            setattr(modeling, function, plain)
     content = find(kind).write(section)
     content |= {"max_position_embeddings": length, "use_cache": False}
     config = transformers.AutoConfig.for_model(kind, **content)

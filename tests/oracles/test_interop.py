@@ -7,7 +7,6 @@ mixed kinds. Agreement is that of two fp32 programs that sum in another order.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import pickle
 import random
@@ -20,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from launch.step_bench import torch_forms
 from parallel.state import model_tensors
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.interop import FORMATS
@@ -217,9 +217,8 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers calls the GPU kernels of packages that are installed; its own torch forms run on a CPU."""
     for name in ("qwen3_next", "olmo_hybrid", "kimi_linear", "mamba2"):
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        for key, value in vars(module).items():
-            if inspect.isfunction(value) and hasattr(value, "__wrapped__") and value.__module__ == module.__name__:
-                monkeypatch.setattr(module, key, inspect.unwrap(value))
+        for key, function in torch_forms(module).items():
+            monkeypatch.setattr(module, key, function)
 
 
 def config(case: str) -> DecoderConfig:

@@ -6,7 +6,6 @@ that sum in another order: 1e-6 or so of the outputs' scale; the bound is 1e-5.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from launch.step_bench import torch_forms
 from pretrain.model.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from pretrain.model.mixers.kimi_delta_attention import KimiDeltaAttention, KimiDeltaAttentionConfig
 from pretrain.model.mixers.mamba import Mamba, MambaConfig
@@ -28,9 +28,8 @@ WIDTH, T, STEPS = 18, 71, 4  # 71 tokens are no multiple of a chunk
 def peer(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modeling module, with its plain torch forms in place of the GPU kernels of packages that are installed."""
     module = pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
-    for key, value in vars(module).items():
-        if inspect.isfunction(value) and hasattr(value, "__wrapped__") and value.__module__ == module.__name__:
-            monkeypatch.setattr(module, key, inspect.unwrap(value))
+    for key, function in torch_forms(module).items():
+        monkeypatch.setattr(module, key, function)
     return module
 
 
