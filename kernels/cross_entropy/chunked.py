@@ -11,7 +11,7 @@ in logits.py (plain torch) and triton.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.cross_entropy.logits import Shard, Terms, token_losses, wide_dtype
+from kernels.cross_entropy.logits import Shard, Terms, TokenLosses, token_losses, wide_dtype
 
 CHUNK_LOGITS = 1 << 25  # logits held at a time (64 MiB in bf16) where a chunk of 256 to 1024 tokens allows it
 # Entries of the weight's gradient that a product in low precision fills before they are added up; on a CPU they stay in the
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     reduction: str,
     chunk: int | None,
     shard: Shard | None = None,
-    losses: Callable[..., Tensor] = token_losses,
+    losses: TokenLosses = token_losses,
 ) -> Tensor:
     """The loss; see kernels.cross_entropy.linear_cross_entropy. losses: what turns logits into losses and gradients."""
     chunk = chunk or default_chunk(x.shape[0], weight.shape[0])
@@ -106,7 +106,7 @@ class _Head:
     terms: Terms
     chunk: int
     shard: Shard | None
-    losses: Callable[..., Tensor]
+    losses: TokenLosses
 
     def walk(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,27 @@ def merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top + total.log(), parts[:, 2].sum(0), parts[:, 3].sum(0)
 
 
+class TokenLosses(Protocol):
+    """What a form of this operator is: a chunk's logits to its losses."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        factor: Tensor,
+        terms: Terms,
+        learn: bool,
+        shard: Shard | None = None,
+    ) -> Tensor:
+        """Losses [C], fp32 or wider, of logits [C, V]; overwrites the logits, with factor [C] times the gradient in them if
+        `learn`.
+
+        targets: int64 [C], rows of the whole vocabulary. With a shard, targets of other ranks fall outside this rank's V rows.
+        """
+        ...
+
+
 def token_losses(
     logits: Tensor,
     bias: Tensor | None,
@@ -57,10 +79,7 @@ def token_losses(
     learn: bool,
     shard: Shard | None = None,
 ) -> Tensor:
-    """Losses [C], fp32 or wider, of logits [C, V]; overwrites the logits, with factor [C] times the gradient in them if `learn`.
-
-    targets: int64 [C], rows of the whole vocabulary. With a shard, targets of other ranks fall outside this rank's V rows.
-    """
+    """See TokenLosses."""
     C, V = logits.shape
     wide, smooth = wide_dtype(logits), terms.label_smoothing
     bias = None if bias is None else bias.to(wide)

@@ -113,7 +113,7 @@ def token_losses(
     learn: bool,
     shard: Shard | None = None,
 ) -> Tensor:
-    """See kernels.cross_entropy.logits.token_losses."""
+    """See kernels.cross_entropy.logits.TokenLosses."""
     C, V = logits.shape
     losses = torch.empty(C, dtype=torch.float32, device=logits.device)
     if C == 0:

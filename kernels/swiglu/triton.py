@@ -22,35 +22,35 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 }
 
 
+@triton.jit
+def _tile(gate_up, R, stride, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """This program's (row [ROWS, 1], h [1, BLOCK], what of both there is, gate, up in fp32) of gate_up [R, 2H]."""
+    program = tl.program_id(0)
+    columns: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    row = (tl.cast(program // columns, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    h = (program % columns * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < R) & (h < H)
+    at = gate_up + row * stride + h
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + H, mask=mask, other=0.0).to(tl.float32)
+    return row, h, mask, gate, up
+
+
 @triton.jit(do_not_specialize=["R"])
 def forward_kernel(gate_up, y, R, stride, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """y [R, H] = silu(gate) * up of gate_up [R, 2H]. Grid: row tiles times column tiles."""
-    program = tl.program_id(0)
-    columns: tl.constexpr = (H + BLOCK - 1) // BLOCK
-    row = tl.cast(program // columns, tl.int64) * ROWS + tl.arange(0, ROWS)
-    h = program % columns * BLOCK + tl.arange(0, BLOCK)
-    mask = (row < R)[:, None] & (h < H)[None, :]
-    at = gate_up + row[:, None] * stride + h[None, :]
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + H, mask=mask, other=0.0).to(tl.float32)
+    row, h, mask, gate, up = _tile(gate_up, R, stride, H, BLOCK, ROWS)
     out = gate * tl.sigmoid(gate) * up
-    tl.store(y + row[:, None] * H + h[None, :], out.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * H + h, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["R"])
 def backward_kernel(gate_up, dy, out, R, stride, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """out [R, 2H]: the gradient of gate_up, of dy [R, H]."""
-    program = tl.program_id(0)
-    columns: tl.constexpr = (H + BLOCK - 1) // BLOCK
-    row = tl.cast(program // columns, tl.int64) * ROWS + tl.arange(0, ROWS)
-    h = program % columns * BLOCK + tl.arange(0, BLOCK)
-    mask = (row < R)[:, None] & (h < H)[None, :]
-    at = gate_up + row[:, None] * stride + h[None, :]
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + H, mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(dy + row[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+    row, h, mask, gate, up = _tile(gate_up, R, stride, H, BLOCK, ROWS)
+    d = tl.load(dy + row * H + h, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
-    to = out + row[:, None] * (2 * H) + h[None, :]
+    to = out + row * (2 * H) + h
     tl.store(to, (d * up * s * (1.0 + gate * (1.0 - s))).to(out.dtype.element_ty), mask=mask)
     tl.store(to + H, (d * gate * s).to(out.dtype.element_ty), mask=mask)
 

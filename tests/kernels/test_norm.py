@@ -15,7 +15,9 @@ from kernels.norm import (
     residual,
     rms_norm,
 )
+from tests.kernels.row_cases import assert_same, blocks
 
+block = blocks(chunked, "BLOCK_ELEMENTS", 40)
 GATES = [(activation, first) for activation in ("silu", "sigmoid") for first in (True, False)]
 
 
@@ -33,18 +35,6 @@ def values_and_gradients(function, leaves):
     generator = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
     return [y, *torch.autograd.grad(y, leaves, dy)]
-
-
-def assert_same(ours, theirs, tolerance):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-@pytest.fixture(params=[None, 40], ids=["one block", "many blocks"])
-def block(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", request.param)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])

@@ -8,29 +8,15 @@ import torch
 from kernels.common import rows
 from kernels.dispatch import Request, explain
 from kernels.rotary import FORMS, chunked, reference, rotary
+from tests.kernels.row_cases import assert_same, blocks, draw, value_and_gradient
 
-
-def draw(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+block = blocks(rows, "BLOCK_BYTES", 64)
 
 
 def tables(positions, channels, dtype=torch.float64):
     """(cos, sin) [*positions, channels / 2] at a base of 100."""
     angles = positions[..., None].double() * 100.0 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def value_and_gradient(function, x):
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return [y.detach(), *torch.autograd.grad(y, x, draw(*y.shape, dtype=y.dtype, seed=1))]
-
-
-@pytest.fixture(params=[None, 64], ids=["one block", "many blocks"])
-def block(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(rows, "BLOCK_BYTES", request.param)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -50,9 +36,8 @@ def test_fast_form_is_the_definition(shape, channels, gathered, interleaved, dty
     x = draw(*shape, dtype=dtype)
     ours = value_and_gradient(lambda t: chunked.rotary_chunked(t, cos, sin, positions, interleaved), x)
     theirs = value_and_gradient(lambda t: reference.rotary_reference(t, cos, sin, positions, interleaved), x)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype == dtype
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    assert ours[0].dtype == dtype
+    assert_same(ours, theirs, tolerance)
 
 
 @pytest.mark.parametrize("interleaved, pair", [(False, (1, 3)), (True, (2, 3))])

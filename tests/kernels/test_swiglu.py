@@ -7,35 +7,18 @@ import torch.nn.functional as F
 from kernels.common import rows
 from kernels.dispatch import Request, explain
 from kernels.swiglu import FORMS, chunked, reference, swiglu
+from tests.kernels.row_cases import assert_same, blocks, draw, value_and_gradient
 
-
-def draw(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def value_and_gradient(function, x):
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return [y.detach(), *torch.autograd.grad(y, x, draw(*y.shape, dtype=y.dtype, seed=1))]
-
-
-@pytest.fixture(params=[None, 64], ids=["one block", "many blocks"])
-def block(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(rows, "BLOCK_BYTES", request.param)
+block = blocks(rows, "BLOCK_BYTES", 64)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("shape", [(7, 10), (2, 3, 5, 8), (9, 2), (6,), (0, 4)])
 def test_fast_form_is_the_definition(shape, dtype, tolerance, block):
     x = draw(*shape, dtype=dtype)
-    for a, b in zip(
-        value_and_gradient(chunked.swiglu_chunked, x), value_and_gradient(reference.swiglu_reference, x), strict=True
-    ):
-        assert a.dtype == b.dtype == dtype
-        assert a.shape == b.shape
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    ours, theirs = (value_and_gradient(f, x) for f in (chunked.swiglu_chunked, reference.swiglu_reference))
+    assert ours[0].dtype == dtype
+    assert_same(ours, theirs, tolerance)
 
 
 def test_against_torch_and_by_hand(block):
