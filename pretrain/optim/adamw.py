@@ -6,26 +6,18 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from parallel.config import Strict
 from parallel.mesh import Mesh
+from pretrain.optim.moments import MomentsConfig
 
 # Tables, taps and rates that happen to have two dims or more: decay would pull them to zero for no reason.
 NEVER_DECAYED = ("embedding.weight", ".conv", ".depthwise", ".grouped", ".A_log")
 
 
-class AdamWConfig(Strict):
+class AdamWConfig(MomentsConfig):
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-4, gt=0)
-    """Peak learning rate; the schedule scales it."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    """Decoupled decay of matrices; vectors, convolution taps, decay rates and the embedding never decay."""
     fused: bool | None = None
     """All of the update in one pass over memory, by torch's fused kernel. null: on accelerators only. The results differ from the
     other form's in the last bits."""

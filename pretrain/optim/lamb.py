@@ -21,20 +21,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from parallel.config import Strict
 from parallel.layout import Box, boxes, cuts, local
 from parallel.mesh import Mesh
 from parallel.state import named_parameters
 from pretrain.optim.adamw import split_by_decay
+from pretrain.optim.moments import MomentsConfig
 
 
-class LAMBConfig(Strict):
+class LAMBConfig(MomentsConfig):
     kind: Literal["lamb"] = "lamb"
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate; the schedule scales it. An update is this share of a layer's weights."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-6, gt=0)
+    """Added to the root of that mean."""
     weight_decay: float = Field(0.1, ge=0)
     """Added to the update before it is scaled; of matrices only, as AdamW's."""
     largest: float | None = Field(10.0, gt=0)
