@@ -12,6 +12,8 @@ from pretrain.data import interruption
 from pretrain.data.errors import DataError, PrepareFailure, UsageError
 from pretrain.exit import ERROR
 
+OVERRIDES = "any field by its dotted name, such as train.batch=64"
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -51,8 +53,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     i.add_argument(
-        "path", nargs="?", metavar="FOLDER", help="folder written by prepare, or the prefix of a .bin/.idx pair"
-    )
+        "words", nargs="*", metavar="FOLDER|key=value",
+        help=f"folder written by prepare, or the prefix of a .bin/.idx pair; with --config: {OVERRIDES}",
+    )  # fmt: skip
     _step_arguments(i, required=False)
     i.add_argument("--documents", type=int, default=0, metavar="N", help="show the beginning of N documents")
     i.add_argument("--samples", type=int, default=2, metavar="N", help="show N packed training sequences")
@@ -64,8 +67,9 @@ def parser() -> argparse.ArgumentParser:
         "trace",
         help="show which documents every rank sees at a step",
         description="Which documents, and which tokens of them, every rank of a run sees at a step.",
-        epilog="example: python -m pretrain.data trace --config configs/runs/quickstart.yaml --step 100",
+        epilog="example: python -m pretrain.data trace --config configs/runs/quickstart.yaml --step 100 train.batch=64",
     )
+    t.add_argument("words", nargs="*", metavar="key=value", help=OVERRIDES)
     _step_arguments(t, required=True)
 
     s = commands.add_parser(
@@ -76,12 +80,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     s.add_argument(
-        "paths", nargs="*", metavar="FOLDER", help="folders written by prepare, or prefixes of .bin/.idx pairs"
-    )
+        "words", nargs="*", metavar="FOLDER|key=value",
+        help=f"folders written by prepare, or prefixes of .bin/.idx pairs; with --config: {OVERRIDES}",
+    )  # fmt: skip
     s.add_argument("--config", default=None, metavar="FILE", help="configuration of a run, in place of folders")
-    s.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override; may be repeated"
-    )
+    s.add_argument("--set", action="append", default=[], dest="settings", help=argparse.SUPPRESS)
     s.add_argument("--tokenizer", default=None, metavar="PATH", help="tokenizer of bare pairs, to count bytes with")
     s.add_argument("--plot", default=None, metavar="FILE", help="picture to write (.png, .svg or .pdf)")
     s.add_argument("--json", default=None, metavar="FILE", help="numbers to write")
@@ -251,17 +254,29 @@ def _numbers(text: str) -> list[int]:
 
 def _step_arguments(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--config", required=required, metavar="FILE", help="configuration of a run (with --step)")
-    command.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override; may be repeated"
-    )
+    command.add_argument("--set", action="append", default=[], dest="settings", help=argparse.SUPPRESS)
     command.add_argument("--step", type=int, required=required, metavar="N", help="a step of the run, from 0")
     command.add_argument("--ranks", type=int, default=None, metavar="R", help="data-parallel ranks; mesh.dp if set")
     command.add_argument("--rank", type=int, default=None, metavar="R", help="only this rank's sequences")
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The parsed command line. Where a command takes overrides, they may stand between its options: `overrides` and `paths`."""
+    top = parser()
+    args, rest = top.parse_known_args(arguments)
+    words = getattr(args, "words", None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words is not None:
+        words += rest
+        given = [word for word in words if args.config is not None and "=" in word]
+        args.overrides, args.paths = args.settings + given, [word for word in words if word not in given]
+    return args
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code (0 done, 1 failed, 2 usage, 77 corrupt or missing data)."""
-    args = parser().parse_args(arguments)
+    args = parse(arguments)
     try:
         with interruption.noted():
             if args.command == "prepare":
@@ -295,14 +310,14 @@ def main(arguments: list[str] | None = None) -> int:
             elif args.config is not None or args.step is not None:
                 from pretrain.data.trace import run_inspect_step
 
-                if args.config is None or args.step is None or args.path is not None:
-                    raise UsageError("inspect takes a FOLDER, or --config and --step together")
+                if args.config is None or args.step is None or args.paths:
+                    raise UsageError("inspect takes a FOLDER, or --config and --step together (and key=value)")
                 run_inspect_step(args)
             else:
                 from pretrain.data.inspect import run_inspect
 
-                if args.path is None:
-                    raise UsageError("inspect takes a FOLDER, or --config and --step together")
+                if len(args.paths) != 1:
+                    raise UsageError("inspect takes a FOLDER, or --config and --step together (and key=value)")
                 run_inspect(args)
     except (DataError, UsageError, PrepareFailure) as error:
         print(f"error: {error}", file=sys.stderr)

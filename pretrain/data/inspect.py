@@ -27,7 +27,7 @@ _BAR = 40
 def run_inspect(args: argparse.Namespace) -> None:
     """`python -m pretrain.data inspect`."""
     console = Console(soft_wrap=True, highlight=False)
-    corpus = Corpus.open(args.path, tokenizer=args.tokenizer)
+    corpus = Corpus.open(args.paths[0], tokenizer=args.tokenizer)
     tokenizer = corpus.tokenizer() if corpus.tokenizer_path else None
     if corpus.manifest is not None:
         console.print(split_table(corpus.manifest))

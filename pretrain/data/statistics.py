@@ -167,7 +167,9 @@ def run_statistics(args: argparse.Namespace) -> None:
     from pretrain.data.statistics_plot import check, draw
 
     if bool(args.paths) == (args.config is not None):
-        raise UsageError("statistics takes folders or prefixes, or the configuration of a run as --config")
+        raise UsageError(
+            "statistics takes folders or prefixes, or the configuration of a run as --config (and key=value)"
+        )
     if args.plot:
         check(Path(args.plot))
     found = list(of_run(args.config, args.overrides) if args.config else of_paths(args.paths, args.tokenizer))

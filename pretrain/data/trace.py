@@ -68,6 +68,8 @@ def loader_at(config: RunConfig, step: int, ranks: int) -> tuple[Loader, str]:
 def _asked(args: argparse.Namespace) -> tuple[RunConfig, Loader, int, str]:
     from pretrain.config import ConfigError, load
 
+    if args.paths:
+        raise UsageError(f"{args.paths[0]!r} is no override; write key=value")
     try:
         config = load(args.config, args.overrides)
     except ConfigError as error:

@@ -104,9 +104,7 @@ def test_a_run_and_its_weights(prepared: Path, tmp_path: Path, capsys: pytest.Ca
     run = [
         "--config",
         "configs/runs/quickstart.yaml",
-        "--set",
         f"data.path={prepared}",
-        "--set",
         f"data.sources={sources}",
     ]
     code = main(["statistics", *run, "--json", str(numbers)])

@@ -333,8 +333,8 @@ def test_trace_and_inspect_show_streamed_text(
     sources = [{key: str(value) if isinstance(value, Path) else value for key, value in s.items()} for s in sources]
     overrides = (f"data.sources={json.dumps(sources)}", "train.batch=12", f"data.sequence_length={T}")
     config = configuration(tmp_path / "run", prepared, f"data.path={sources[0]['path']}", *overrides)
-    given = ["--config", "configs/runs/quickstart.yaml", "--step", "2", "--ranks", "2", "--set=train.micro_batch=3"]
-    given += [f"--set={each}" for each in (*overrides, f"run={tmp_path}/run", f"data.path={sources[0]['path']}")]
+    given = ["--config", "configs/runs/quickstart.yaml", "--step", "2", "--ranks", "2", "train.micro_batch=3"]
+    given += [*overrides, f"run={tmp_path}/run", f"data.path={sources[0]['path']}"]
     assert main(["trace", *given]) == 0
     found = capsys.readouterr().out.splitlines()
     assert len(found) == 13 and found[0].startswith("step 2")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.data import Corpus
-from pretrain.data.__main__ import main
+from pretrain.data.__main__ import main, parse
 from pretrain.data.opening import loader_of, open_sources
 from tests.pretrain.train.small_run import configuration
 
@@ -29,8 +29,8 @@ def test_trace_says_what_loaders_read(
     (tmp_path / "b").symlink_to(prepared)
     config = configuration(tmp_path / "run", prepared, *overrides)
     corpora = open_sources(config.data)
-    given = [f"--set={each}" for each in (*overrides, "train.batch=4", "train.micro_batch=1", f"run={tmp_path}/run")]
-    given += ["--set=data.sequence_length=32", f"--set=data.path={prepared}"]
+    given = [*overrides, "train.batch=4", "train.micro_batch=1", f"run={tmp_path}/run"]
+    given += ["data.sequence_length=32", f"data.path={prepared}"]
     for step in (1, 3, 5):
         found = lines(
             capsys, "trace", "--config", "configs/runs/quickstart.yaml", "--step", str(step), "--ranks", "2", *given
@@ -55,9 +55,9 @@ def test_trace_says_what_loaders_read(
 
 
 def test_inspect_shows_the_text(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--config", "configs/runs/quickstart.yaml", "--step", "2", f"--set=run={tmp_path}/run"]
-    given += [f"--set=data.path={prepared}", "--set=train.batch=1", "--set=train.micro_batch=1"]
-    given += ["--set=data.sequence_length=64"]
+    given = ["--config", "configs/runs/quickstart.yaml", "--step", "2", f"run={tmp_path}/run"]
+    given += [f"data.path={prepared}", "train.batch=1", "train.micro_batch=1"]
+    given += ["data.sequence_length=64"]
     config = configuration(tmp_path / "run", prepared, "data.sequence_length=64", "train.batch=1")
     corpus = Corpus.open(prepared)
     loader = loader_of(config.data, [corpus], 1, 1)
@@ -69,12 +69,31 @@ def test_inspect_shows_the_text(prepared: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_what_cannot_be_traced(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--config", "configs/runs/quickstart.yaml", f"--set=data.path={prepared}", f"--set=run={tmp_path}"]
+    given = ["--config", "configs/runs/quickstart.yaml", f"data.path={prepared}", f"run={tmp_path}"]
     assert main(["trace", *given, "--step", "-1"]) == 2
     assert "counted from 0" in capsys.readouterr().err
     assert main(["trace", *given, "--step", "1", "--ranks", "7"]) == 2
     assert "does not divide by 7" in capsys.readouterr().err
-    assert main(["trace", *given, "--step", "1", "--set=data.sede=1"]) == 2
+    assert main(["trace", *given, "--step", "1", "data.sede=1"]) == 2
     assert "did you mean 'seed'" in capsys.readouterr().err
-    assert main(["inspect", "--step", "1"]) == 2
-    assert "--config and --step together" in capsys.readouterr().err
+    assert main(["trace", *given, "--step", "1", "train.batch"]) == 2
+    assert "'train.batch' is no override; write key=value" in capsys.readouterr().err
+    for words in (["inspect", "--step", "1"], ["inspect", *given, "--step", "1", "folder"], ["inspect", "a", "b"]):
+        assert main(words) == 2
+        assert "takes a FOLDER, or --config and --step together" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["trace", *given, "--step", "1", "--steps", "3"])
+    assert "unrecognized arguments: --steps 3" in capsys.readouterr().err
+
+
+def test_overrides_stand_anywhere() -> None:
+    for words in (
+        ["trace", "a=1", "--config", "x", "b.c=[2, 3]", "--step", "4", "d=5"],
+        ["trace", "--config", "x", "--step", "4", "a=1", "b.c=[2, 3]", "d=5"],
+        ["inspect", "--config", "x", "a=1", "--step", "4", "b.c=[2, 3]", "d=5"],
+        ["statistics", "a=1", "--config", "x", "b.c=[2, 3]", "d=5"],
+        ["trace", "--set", "a=1", "--config", "x", "--set=b.c=[2, 3]", "--step", "4", "d=5"],  # as it was once
+    ):
+        args = parse(words)
+        assert args.overrides == ["a=1", "b.c=[2, 3]", "d=5"] and args.paths == [] and args.config == "x"
+    assert parse(["statistics", "a=1", "--plot", "x.png", "b"]).paths == ["a=1", "b"]  # folders
