@@ -46,13 +46,13 @@ class Session:
         self.bar.update(task, visible=False)
 
     def sources(self) -> list[sources.Source]:
-        """What --text and --data name; without them the run's own validation split."""
+        """What --text and --data name; without them what the run itself validates on."""
         if self._sources is None:
             arguments, tokenizer = self.arguments, self.subject.tokenizer
             found = [sources.of_text(path, tokenizer) for path in arguments.text]
             if arguments.data:
                 found.append(sources.of_corpus(arguments.data, arguments.split, tokenizer))
-            self._sources = found or [sources.of_run(self.opened.config, tokenizer)]
+            self._sources = found or sources.of_run(self.opened.config, tokenizer)
         return self._sources
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from pretrain.config import RunConfig
 from pretrain.data.errors import DataError, UsageError
+from pretrain.data.opening import sources_of
 from pretrain.data.store import Corpus
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.exit import USAGE, Exit
@@ -85,13 +86,17 @@ def of_corpus(path: str | Path, split: str, tokenizer: Tokenizer) -> Source:
     return Source(f"{path} ({split})" if folder else str(path), corpus.lengths, corpus)
 
 
-def of_run(config: RunConfig, tokenizer: Tokenizer) -> Source:
-    """What the run validates on. Raises Exit when that is not here."""
-    data = config.data
+def of_run(config: RunConfig, tokenizer: Tokenizer) -> list[Source]:
+    """What the run validates on, source by source; a text that several share once. Raises Exit when one of them is not here."""
+    paths: dict[Path, None] = {}
     try:
-        if data.validation_path is None and not data.path.is_dir():
-            raise UsageError(f"{data.path} is not a prepared folder with a validation split")
-        return of_corpus(data.validation_path or data.path, "validation", tokenizer)
+        for source in sources_of(config.data):
+            if source.validation_path is None and not source.path.is_dir():
+                raise UsageError(f"{source.path} is not a prepared folder with a validation split")
+            if source.validation_path is None and source.stream is not None:
+                raise UsageError(f"{source.path} is streamed, which has no validation split")
+            paths[source.validation_path or source.path] = None
+        return [of_corpus(path, "validation", tokenizer) for path in paths]
     except (DataError, UsageError) as error:
         raise Exit(
             f"the run's own validation text cannot be used ({error}); give --text FILE or --data FOLDER", USAGE

@@ -6,17 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from pretrain.data.store import Corpus
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.evaluate import sources
+from pretrain.evaluate import commands, sources
 from pretrain.evaluate.__main__ import main, parse
 from pretrain.evaluate.report import finite
 from pretrain.evaluate.windows import batches
-from pretrain.loading import load
+from pretrain.exit import Exit
+from pretrain.loading import load, open_checkpoint
+from tests.pretrain.train.small_run import configuration
 from tests.ranks import ROOT
 
 TEXT = "import torch\n\n\ndef größe(x):\n    return x  # \u2581 ein Strich, and 🙂\n" * 3
@@ -69,6 +72,43 @@ def test_a_prepared_corpus_gives_what_its_texts_give(run: Path, corpus: Path, tm
     assert {row["tokens"] for row in figures} == {alone}
     assert {row["bytes"] for row in figures} == {text.stat().st_size}
     assert figures[0]["nats_per_token"] == figures[1]["nats_per_token"] == figures[2]["nats_per_token"]
+
+
+def test_each_source_of_a_run_has_its_own_text(corpus: Path, tmp_path: Path) -> None:
+    """The validation_path that a source names, else the split beside its training text; none twice."""
+    for name in ("second", "third"):
+        (tmp_path / name).symlink_to(corpus)
+    pair = corpus / "validation"
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+
+    def names(*given: dict[str, str]) -> list[str]:
+        config = configuration(tmp_path / "run", Path(given[0]["path"]), f"data.sources={json.dumps(given)}")
+        found = sources.of_run(config, tokenizer)
+        assert all(source.targets() == sources.of_corpus(corpus, "validation", tokenizer).targets() for source in found)
+        return [source.name for source in found]
+
+    one, two, three = str(corpus), str(tmp_path / "second"), str(tmp_path / "third")
+    assert names({"path": one}, {"path": two}) == [f"{one} (validation)", f"{two} (validation)"]
+    assert names({"path": one}, {"path": two, "validation_path": three}) == [
+        f"{one} (validation)",
+        f"{three} (validation)",
+    ]
+    bare = {"path": f"{one}/train", "name": "bare", "validation_path": str(pair)}
+    assert names(bare, {"path": two, "validation_path": str(pair)}) == [str(pair)]
+    with pytest.raises(Exit, match=f"{one}/train is not a prepared folder"):
+        names({"path": one}, {"path": f"{one}/train", "name": "bare"})
+
+
+def test_all_of_them_are_scored(run: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "second").symlink_to(corpus)
+    given = [{"path": str(corpus)}, {"path": str(tmp_path / "second")}]
+    blended = configuration(run, corpus, "model.repeat=3", f"data.sources={json.dumps(given)}")
+    opened = open_checkpoint(run)._replace(config=blended)
+    with patch.object(commands, "open_checkpoint", lambda *options: opened):
+        assert call(run, "perplexity", "--limit", "20", "--json", str(tmp_path / "o.json")) == 0
+    rows = results(tmp_path / "o.json")["perplexity"]
+    assert [row["source"] for row in rows] == [f"{each['path']} (validation)" for each in given]
+    assert [row["tokens"] for row in rows] == [20, 20] and rows[0]["perplexity"] == rows[1]["perplexity"]
 
 
 def test_a_limit_cuts_documents_where_it_ends(corpus: Path) -> None:
