@@ -8,7 +8,7 @@ import sys
 from pretrain.options import add_model_options, at_least, exit_code, list_of
 
 EXAMPLES = """tasks:
-  perplexity     nats per token and bits per byte of text, every token scored once (default: the run's own validation split)
+  perplexity     nats per token and bits per byte of text, every token scored once (default: what the run validates on)
   mqar           recall of key-value pairs of random tokens from context, by number of pairs (Arora et al. 2023)
   needle         a fact hidden in a long text and asked for at its end, by length and depth
   lm_eval:NAME   a task of lm-evaluation-harness, such as lm_eval:arc_easy (pip install lm-eval)
