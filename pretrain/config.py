@@ -19,6 +19,7 @@ from parallel.mesh import MeshConfig
 from parallel.recompute import Recompute
 from pretrain.checkpoint.near.config import NearConfig
 from pretrain.data.config import DataConfig
+from pretrain.host import CpuConfig
 from pretrain.model.decoder import DecoderConfig
 from pretrain.model.files import model_section
 from pretrain.optim.adamw import AdamWConfig
@@ -101,6 +102,7 @@ class RunConfig(Strict):
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    cpu: CpuConfig = CpuConfig()
     profile: ProfileConfig | None = None
     """Where the time and the memory of some steps go; null for none. `profile: {}` for steps 10 to 12."""
     hardware: Path | None = None

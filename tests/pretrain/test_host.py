@@ -1,0 +1,109 @@
+"""Threads, cores and memory of ranks on CPUs: in processes of their own, since all of it stays with a process."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.host import CpuConfig, cpulist, keep_memory, nodes, settle, share
+from tests.ranks import run_ranks
+
+TWO = [[0, 1, 2, 3], [4, 5, 6, 7]]
+ALL = list(range(8))
+
+
+def test_sets_of_cores_as_linux_writes_them(tmp_path: Path) -> None:
+    assert cpulist("0-2,8") == [0, 1, 2, 8]
+    assert cpulist("") == []
+    for index, text in ((0, "0-3"), (1, ""), (10, "6"), (2, "4,5")):
+        (tmp_path / f"node{index}").mkdir()
+        (tmp_path / f"node{index}" / "cpulist").write_text(text + "\n")
+    assert nodes(tmp_path) == [[0, 1, 2, 3], [4, 5], [6]]  # node 1 is memory without cores
+    assert nodes(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("bind", "cores", "nodes", "world", "expected"),
+    [
+        ("numa", ALL, TWO, 4, [TWO[0], TWO[0], TWO[1], TWO[1]]),
+        ("numa", ALL, TWO, 1, [ALL]),  # one rank has them all
+        ("numa", ALL, TWO, 3, [ALL, ALL, ALL]),  # no even share of two nodes
+        ("numa", ALL, [ALL], 2, [ALL, ALL]),
+        ("numa", [2, 3, 4, 5], TWO, 2, [[2, 3], [4, 5]]),  # what the scheduler gave, by node
+        ("numa", [0, 1], TWO, 2, [[0, 1], [0, 1]]),
+        ("cores", ALL, TWO, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("cores", ALL, [[0, 2, 4, 6], [1, 3, 5, 7]], 4, [[0, 2], [4, 6], [1, 3], [5, 7]]),
+        ("cores", ALL, [], 3, [[0, 1], [2, 3], [4, 5]]),
+        ("cores", [0, 1], [], 4, [[0, 1]] * 4),  # fewer cores than ranks
+        ("none", ALL, TWO, 4, [ALL] * 4),
+    ],
+)
+def test_shares_of_the_cores(
+    bind: str, cores: list[int], nodes: list[list[int]], world: int, expected: list[list[int]]
+) -> None:
+    assert [share(bind, cores, nodes, rank, world) for rank in range(world)] == expected
+
+
+def _settled(rank: int, world: int, fields: dict[str, Any], variables: dict[str, str | None], local_world: int) -> Any:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    notes = settle(CpuConfig(**fields), rank, local_world)
+    return torch.get_num_threads(), sorted(os.sched_getaffinity(0)), notes
+
+
+def test_threads_are_a_fair_share_of_the_cores_unless_somebody_said_otherwise() -> None:
+    cores = len(os.sched_getaffinity(0))
+
+    def threads(fields: dict[str, Any], variables: dict[str, str | None], local_world: int) -> int:
+        return int(run_ranks(_settled, 1, fields, variables, local_world)[0][0])
+
+    assert threads({}, {"OMP_NUM_THREADS": None}, 1) == cores
+    assert threads({}, {"OMP_NUM_THREADS": None}, 2 * cores) == 1
+    assert threads({}, {"OMP_NUM_THREADS": "1"}, 1) == 1
+    assert threads({"threads": 3}, {"OMP_NUM_THREADS": "1"}, 1) == 3
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="wants two cores")
+def test_idle_cores_under_torchrun_are_named() -> None:
+    cores = len(os.sched_getaffinity(0))
+    ((_, _, notes),) = run_ranks(_settled, 1, {}, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1)
+    assert len(notes) == 1 and f"cpu.threads={cores}" in notes[0]
+    assert run_ranks(_settled, 1, {}, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, cores)[0][2] == []
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="wants two cores")
+def test_ranks_bound_to_cores_have_none_in_common() -> None:
+    (_, first, _), (_, second, _) = run_ranks(_settled, 2, {"bind": "cores"}, {}, 2)
+    assert len(first) == len(second) == len(os.sched_getaffinity(0)) // 2 and not set(first) & set(second)
+
+
+def _pages(rank: int, world: int, keep: bool, variables: dict[str, str]) -> tuple[bool, int]:
+    """(kept, pages that the system had to find for eight results of 8 MiB, made and freed five times)."""
+    kept = keep_memory(variables) if keep else False
+
+    def step() -> None:
+        results = [torch.ones(8 << 18) for _ in range(8)]
+        del results
+
+    for _ in range(2):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        step()
+    return kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_what_a_step_frees_serves_the_next_one() -> None:
+    pages = 8 * 8 * 2**20 // os.sysconf("SC_PAGE_SIZE")  # of a step
+    assert run_ranks(_pages, 1, True, {})[0] == (True, pytest.approx(0, abs=pages // 10))
+    assert run_ranks(_pages, 1, False, {})[0][1] > 3 * pages  # what it is good for
+    assert run_ranks(_pages, 1, True, {"MALLOC_ARENA_MAX": "1"})[0][0] is False  # the user's choice stands
+    assert run_ranks(_pages, 1, True, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})[0][0] is False
