@@ -169,6 +169,26 @@ def _swiglu(H: int, dtype: torch.dtype, rows: int = 512) -> Case:
     return Case("swiglu", f"H{H} {SHORT[dtype]}", run)
 
 
+def _rational(
+    D: int,
+    dtype: torch.dtype,
+    groups: int = 8,
+    *,
+    shared: bool = True,
+    orders: tuple[int, int] = (5, 4),
+    rows: int = 512,
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.rational import rational
+
+        x = leaf(rows, D, dtype=dtype)
+        numerator, denominator = leaf(1 if shared else groups, orders[0] + 1), leaf(groups, orders[1])
+        return [rational(x, numerator, denominator)], [x, numerator, denominator]
+
+    words = [f"D{D}", f"G{groups}", f"orders {orders[0]}/{orders[1]}", SHORT[dtype]] + ["shared numerator"] * shared
+    return Case("rational", " ".join(words), run)
+
+
 def _rotary(
     K: int, R: int, dtype: torch.dtype, *, interleaved: bool = False, packed: bool = False, H: int = 8, T: int = 256
 ) -> Case:
@@ -268,6 +288,13 @@ def cases(op: str) -> list[Case]:
         return [
             *(_swiglu(H, dtype) for H in (1408, 8192) for dtype in (BF16, FP32)),
             _swiglu(1001, BF16, rows=250),
+        ]
+    if op == "rational":
+        return [
+            *(_rational(D, dtype) for D in (768, 4096) for dtype in (BF16, FP32)),
+            _rational(64, BF16),
+            _rational(3072, BF16, shared=False),
+            _rational(1001, BF16, 7, orders=(3, 2), rows=250),
         ]
     if op == "rotary":
         return [

@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Form, Request, choose
+from kernels.dispatch import Form, Request, choose, eager_objection, triton_objection
 
 __all__ = ["FORMS", "rational"]
 
 FORMS = (
-    Form("chunked", "kernels.rational.chunked", "rational_chunked"),
+    Form("triton", "kernels.rational.triton", "rational_triton", triton_objection),
+    Form("chunked", "kernels.rational.chunked", "rational_chunked", eager_objection),
     Form("reference", "kernels.rational.reference", "rational_reference"),
 )
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.rational import chunked, rational
+from kernels.benching.memory import peak_bytes
+from kernels.dispatch import Request, explain
+from kernels.rational import FORMS, chunked, rational
 from kernels.rational.chunked import rational_chunked
 from kernels.rational.reference import rational_reference
+from tests.kernels.interpreter import run_interpreted
 
 
 def inputs(shape, groups=(1, 2), orders=(5, 4), dtype=torch.float64, seed=0):
@@ -109,6 +112,62 @@ def test_strides_and_autocast():
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert rational(x, numerator, denominator).dtype == torch.float32
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_either_zero_in_the_denominator_counts_as_rising(zero):
+    """x (1 - x) is zero at one and at both zeros; its absolute value has no slope there, the definition takes +1."""
+    x = torch.tensor([[1.0, zero]], dtype=torch.float64, requires_grad=True)
+    numerator = torch.tensor([[1.0]], dtype=torch.float64)
+    denominator = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    for form in (rational_chunked, rational_reference):
+        (gradient,) = torch.autograd.grad(form(x, numerator, denominator).sum(), x)
+        assert gradient.tolist() == [[1.0, -1.0]]  # -(1 - 2 x)
+
+
+def test_large_inputs_stay_finite():
+    """x^5 is 1e35 at the end of what fits: the denominator is never squared."""
+    _, numerator, denominator = inputs((1, 4), (1, 2), dtype=torch.float32)
+    x = torch.tensor([[-1e7, -1e3, 1e3, 1e7], [-1.0, 0.0, 1e6, 2.0]], requires_grad=True)
+    exact = [t.detach().double().requires_grad_() for t in (x, numerator, denominator)]
+    ours = values_and_gradients(rational, (x, numerator, denominator))
+    for a, b in zip(ours, values_and_gradients(rational_reference, exact), strict=True):
+        assert (a.double() - b).norm() / b.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype, blocks", [(torch.float32, (2, 5)), (torch.bfloat16, (3, 6))])
+def test_temporaries_are_a_few_blocks_of_rows(dtype, blocks, monkeypatch):
+    """Beyond the results: two blocks forward, five backward, one more where x is widened; and nothing but the inputs is kept."""
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 4096 // torch.get_num_threads())
+    x, numerator, denominator = inputs((512, 64), (1, 4), dtype=torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
+    y = rational_chunked(x, numerator, denominator)
+    dy = torch.ones_like(y)
+    kept = [t.data_ptr() for t in y.grad_fn.saved_tensors]
+    assert kept == [t.data_ptr() for t in (x, numerator, denominator)]
+    size, small = x.numel() * x.element_size(), 8192
+    for count, call in zip(
+        blocks,
+        (
+            lambda: rational_chunked(x.detach(), numerator, denominator),
+            lambda: torch.autograd.grad(y, (x, numerator, denominator), dy, retain_graph=True),
+        ),
+        strict=True,
+    ):
+        call()
+        assert size + count * 4 * 4096 <= peak_bytes(call, x.device) <= size + count * 4 * 4096 + small
+
+
+def test_forms_are_ordered(monkeypatch):
+    request = Request("rational", torch.device("cuda"), torch.bfloat16, {"rows": 3, "D": 4, "G": 2, "P": 5, "Q": 4})
+    assert [form.name for form in FORMS] == ["triton", "chunked", "reference"]
+    assert explain(FORMS, request)[0] == ("triton", "chosen")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dict(explain(FORMS[1:], request))["reference"] == "chosen"
+
+
+def test_the_triton_form_under_the_interpreter():
+    run_interpreted(__file__, "triton_rational_interpreted.py")
 
 
 @pytest.mark.parametrize("form", ["chunked", "reference"])
