@@ -204,6 +204,32 @@ def _rotary(
     return Case("rotary", " ".join(words + ["packed"] * packed + [f"H{H}"] * (H != 8)), run)
 
 
+def _cca(
+    H: int,
+    HKV: int,
+    d: int,
+    dtype: torch.dtype,
+    *,
+    taps: int = 2,
+    packed: bool = False,
+    continued: bool = False,
+    T: int = 256,
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.cca import cca
+
+        C, J = (H + HKV) * d, H + HKV
+        z = leaf(1 if packed else 2, T, C, dtype=dtype)
+        parameters = [leaf(C, taps), leaf(C), leaf(J, taps * d, d), leaf(C), leaf(HKV)]
+        state = leaf(3, 2 * taps - 2, C, dtype=dtype) if continued else None
+        q, k, _ = cca(z, *parameters, initial_state=state, cu_seqlens=offsets(T) if packed else None)
+        return [q, k], _present(z, *parameters, state)
+
+    words = [f"H{H}", f"HKV{HKV}", f"d{d}", SHORT[dtype]] + [f"{taps} taps"] * (taps != 2)
+    words += ["packed"] * packed + ["continued"] * continued
+    return Case("cca", " ".join(words + [f"T{T}"] * (T % 16 != 0)), run)
+
+
 def _newton_schulz(B: int, m: int, n: int, dtype: torch.dtype) -> Case:
     def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         from kernels.newton_schulz import newton_schulz
@@ -211,6 +237,30 @@ def _newton_schulz(B: int, m: int, n: int, dtype: torch.dtype) -> Case:
         return [newton_schulz(torch.zeros(B, m, n, dtype=dtype))], []
 
     return Case("newton_schulz", f"{B} of {m} x {n} {SHORT[dtype]}", run)
+
+
+def _experts(
+    N: int,
+    E: int,
+    D: int,
+    F: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool = True,
+    weights: torch.dtype | None = None,
+) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.experts import experts
+
+        x, scores = leaf(N, D, dtype=dtype), leaf(N, k)
+        gate_up, down = (leaf(E, *shape, dtype=weights or dtype) for shape in ((D, 2 * F if gated else F), (F, D)))
+        indices = torch.zeros(N, k, dtype=torch.int64)
+        y = experts(x, gate_up, down, indices, scores, activation="silu" if gated else "relu2")
+        return [y], [x, gate_up, down, scores]
+
+    words = [f"{k} of {E}", f"D{D}", f"F{F}", SHORT[dtype], f"N{N}"] + ["plain"] * (not gated)
+    return Case("experts", " ".join(words if weights is None else [*words, "weights", SHORT[weights]]), run)
 
 
 def _cross_entropy(
@@ -278,6 +328,15 @@ def cases(op: str) -> list[Case]:
             *(_norm("add_rms_norm", D, dtype) for D in (2048, 4096) for dtype in (BF16, FP32)),
             _norm("add_rms_norm", 1000, BF16, rows=250),
         ]
+    if op == "experts":
+        return [
+            _experts(4096, 16, 2048, 2048, 1, BF16, weights=FP32),  # ZAYA1
+            _experts(4096, 128, 2048, 768, 8, BF16),  # Qwen3-MoE
+            _experts(1024, 64, 1024, 512, 4, BF16, gated=False),
+            _experts(8, 128, 2048, 768, 8, BF16),  # decoding
+            _experts(2048, 8, 1024, 512, 2, FP32),
+            _experts(500, 6, 1000, 333, 3, BF16),
+        ]
     if op == "cross_entropy":
         return [
             *(_cross_entropy(V, dtype) for V in (512, 65536) for dtype in (BF16, FP32)),
@@ -302,6 +361,15 @@ def cases(op: str) -> list[Case]:
             *(_rotary(256, 64, BF16, interleaved=pairs) for pairs in (False, True)),
             *(_rotary(64, 64, BF16, interleaved=pairs, packed=True) for pairs in (False, True)),
             _rotary(80, 20, BF16, H=3, T=250),
+        ]
+    if op == "cca":
+        return [
+            *(_cca(8, 2, d, BF16) for d in (64, 128, 256)),
+            *(_cca(8, 2, d, FP32) for d in (64, 128, 256)),
+            _cca(8, 2, 128, BF16, packed=True),
+            *(_cca(8, 2, 128, dtype, packed=True, continued=True) for dtype in (BF16, FP32)),
+            _cca(4, 4, 32, BF16, taps=4, packed=True, continued=True),
+            _cca(3, 1, 80, BF16, T=250),
         ]
     if op == "newton_schulz":
         shapes = [(2, 1024, 4096, BF16), (1, 1024, 1024, BF16), (1, 1000, 333, BF16), (1, 256, 512, FP32)]

@@ -1,0 +1,68 @@
+"""The Triton form of CCA's queries and keys against the definition in float64, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import tuning
+from kernels.cca import triton as form
+from kernels.cca.reference import cca_reference
+from tests.kernels.cca_cases import Sizes, draw, parameters, values_and_gradients
+
+SMALL = {"ELEMENTS": 256, "ROWS": 32, "WAVES": 40}
+CASES = [
+    # sizes, rows, tokens, borders, state, small tiles
+    (Sizes(4, 2, 6, 2, 2), 2, 37, None, False, False),
+    (Sizes(2, 1, 24, 2, 2), 1, 61, [0, 1, 1, 3, 38, 61], False, True),
+    (Sizes(2, 1, 40, 2, 2), 2, 35, None, True, True),
+    (Sizes(3, 3, 5, 4, 3), 1, 40, [0, 0, 7, 8, 40, 40], True, True),
+    (Sizes(2, 2, 16, 1, 1), 2, 5, None, True, False),
+    (Sizes(1, 1, 20, 3, 1), 1, 33, [0, 16, 17, 33], True, True),
+    (Sizes(6, 2, 16, 1, 4), 3, 2, None, True, True),
+]
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if request.param:
+        for table in form.DEFAULTS.values():
+            small = {name: value for name, value in SMALL.items() if name in table["generic"]}
+            monkeypatch.setitem(table, "generic", {**table["generic"], **small})
+    tuning.forget()
+
+
+@pytest.mark.parametrize("sizes, B, T, borders, state, tiles", CASES, indirect=["tiles"])
+def test_values_and_gradients(
+    sizes: Sizes, B: int, T: int, borders: list[int] | None, state: bool, tiles: None
+) -> None:
+    N = B if borders is None else len(borders) - 1
+    before = draw(N, sizes.reach, sizes.channels, seed=5, dtype=torch.float32) if state else None
+    z, given = draw(B, T, sizes.channels, dtype=torch.float32), parameters(sizes, torch.float32)
+    ours = values_and_gradients(form.cca_triton, z, given, before, borders)
+    wide = None if before is None else before.double()
+    exact = values_and_gradients(cca_reference, z.double(), [x.double() for x in given], wide, borders)
+    for name, value in exact.items():
+        assert ours[name].dtype == torch.float32
+        assert (ours[name].double() - value).norm() <= 2e-6 * value.norm(), name
+
+
+def test_fp16_errs_by_its_roundings() -> None:
+    sizes = Sizes(4, 2, 16, 2, 2)
+    z, given = draw(1, 64, sizes.channels, dtype=torch.float16), parameters(sizes, torch.float32)
+    ours = values_and_gradients(form.cca_triton, z, given, None, [0, 30, 64])
+    exact = values_and_gradients(cca_reference, z.double(), [x.double() for x in given], None, [0, 30, 64])
+    for name, value in exact.items():
+        assert ours[name].dtype == (torch.float16 if name in ("q", "k", "z") else torch.float32)
+        assert (ours[name].double() - value).norm() < 2.5e-3 * value.norm(), name
+
+
+def test_slices_and_no_tokens() -> None:
+    sizes = Sizes(4, 2, 6, 2, 2)
+    wide, given = draw(2, 9, 60, dtype=torch.float32), parameters(sizes, torch.float32)
+    for a, b in zip(
+        form.cca_triton(wide[..., 12:48], *given), form.cca_triton(wide[..., 12:48].contiguous(), *given), strict=True
+    ):
+        assert torch.equal(a, b)
+    none = values_and_gradients(form.cca_triton, wide[:, :0, 12:48], given)
+    assert none["q"].shape == (2, 0, 4, 6) and not none["grouped"].any()
