@@ -54,7 +54,8 @@ class _Norm(torch.autograd.Function):
         rows = x.reshape(-1, D)
         gates = None if gate is None else gate.reshape(-1, D)
         w = None if weight is None else weight.to(wide)
-        y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = result.view(-1, D)
         statistic = torch.empty(rows.shape[0], 1, dtype=wide, device=x.device)
         for block in _blocks(rows):
             h = rows[block].to(wide)
@@ -73,7 +74,7 @@ class _Norm(torch.autograd.Function):
                 y[block] = normed
         ctx.save_for_backward(x, gate, weight, statistic)
         ctx.silu, ctx.norm_first = silu, norm_first
-        return y.view(x.shape)
+        return result
 
     @staticmethod
     @once_differentiable

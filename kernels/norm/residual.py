@@ -21,8 +21,8 @@ class _AddNorm(torch.autograd.Function):
         D, dtype = x.shape[-1], torch.promote_types(x.dtype, residual.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         left, right = x.reshape(-1, D), residual.reshape(-1, D)
-        total = torch.empty(left.shape, dtype=dtype, device=x.device)
-        y = torch.empty_like(total)
+        results = [torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2)]
+        y, total = (result.view(-1, D) for result in results)
         statistic = torch.empty(left.shape[0], 1, dtype=wide, device=x.device)
         w = weight.to(wide)
         for block in _blocks(total):
@@ -32,11 +32,10 @@ class _AddNorm(torch.autograd.Function):
                 torch.mul(h, r, out=y[block]).mul_(w)
             else:
                 y[block] = h.mul_(r).mul_(w)  # h is a copy here
-        total = total.view(x.shape)
-        ctx.save_for_backward(total, weight, statistic)
+        ctx.save_for_backward(results[1], weight, statistic)
         ctx.dtypes = (x.dtype, residual.dtype)
         ctx.set_materialize_grads(False)
-        return y.view(x.shape), total
+        return results[0], results[1]
 
     @staticmethod
     @once_differentiable

@@ -91,7 +91,7 @@ class _Norm(torch.autograd.Function):
         x = _rows(x)
         gate = None if gate is None else _rows(gate)
         R, D = x.shape
-        y = torch.empty(R, D, dtype=x.dtype, device=x.device)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
         scales = torch.empty(R, dtype=torch.float32, device=x.device)
         flags = {"MEAN": mean, "GATE": gate_mode, "SILU": silu, "HAS_WEIGHT": weight is not None}
         if y.numel():
@@ -102,7 +102,7 @@ class _Norm(torch.autograd.Function):
             )  # fmt: skip
         ctx.save_for_backward(x, gate, weight, scales)
         ctx.flags, ctx.shape = flags, shape
-        return y.view(shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,7 +118,7 @@ class _AddNorm(torch.autograd.Function):
         ctx.dtypes, ctx.shape = (x.dtype, residual.dtype), shape
         x, residual = _rows(x), _rows(residual)
         R, D = x.shape
-        y, total = (torch.empty(R, D, dtype=dtype, device=x.device) for _ in range(2))
+        y, total = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(2))
         scales = torch.empty(R, dtype=torch.float32, device=x.device)
         flags = {"MEAN": True, "GATE": 0, "SILU": False, "HAS_WEIGHT": True}
         if y.numel():
@@ -130,7 +130,7 @@ class _AddNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, scales)
         ctx.flags = flags
         ctx.set_materialize_grads(False)
-        return y.view(shape), total.view(shape)
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -139,7 +139,8 @@ class _AddNorm(torch.autograd.Function):
             dx, d_residual = (None if d_total is None else d_total.to(dtype) for dtype in ctx.dtypes)
             return dx, d_residual, None, None
         low = next((dtype for dtype in ctx.dtypes if dtype != total.dtype), None)
-        wide, _, dweight, lower = _backward(dy, total, None, weight, scales, ctx.flags, d_total, low)
+        rows = total.view(-1, total.shape[-1])
+        wide, _, dweight, lower = _backward(dy, rows, None, weight, scales, ctx.flags, d_total, low)
         dx, d_residual = (
             (wide if dtype == wide.dtype or lower is None else lower).view(ctx.shape) for dtype in ctx.dtypes
         )

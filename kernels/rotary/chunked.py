@@ -43,7 +43,8 @@ class _Rotary(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) -> Tensor:
     """x [B, T, H, K] turned by sign times the angles, [B * T, 1, R / 2]."""
     rows, half = x.flatten(0, 1), cos.shape[-1]
-    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = result.flatten(0, 1)
     for block in row_blocks(out):
         r, o, c, s = rows[block], out[block], cos[block], sin[block]
         if interleaved:
@@ -52,7 +53,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) -
             _turn_halves(r[..., : 2 * half], o[..., : 2 * half], c, s, sign)
         if 2 * half < x.shape[-1]:
             o[..., 2 * half :] = r[..., 2 * half :]
-    return out.view(x.shape)
+    return result
 
 
 def _turn_halves(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:

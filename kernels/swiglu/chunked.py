@@ -22,11 +22,12 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         H = gate_up.shape[-1] // 2
         rows = gate_up.reshape(-1, 2 * H)
-        y = torch.empty(rows.shape[0], H, dtype=rows.dtype, device=rows.device)
+        result = torch.empty(*gate_up.shape[:-1], H, dtype=rows.dtype, device=rows.device)
+        y = result.view(-1, H)
         for block in row_blocks(y):
             _silu_times(rows[block, :H], rows[block, H:], y[block])
         ctx.save_for_backward(gate_up)
-        return y.view(*gate_up.shape[:-1], H)
+        return result
 
     @staticmethod
     @once_differentiable

@@ -61,13 +61,13 @@ class _SwiGLU(torch.autograd.Function):
         rows = gate_up.reshape(-1, gate_up.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         R, H = rows.shape[0], rows.shape[1] // 2
-        y = torch.empty(R, H, dtype=rows.dtype, device=rows.device)
+        y = torch.empty(*gate_up.shape[:-1], H, dtype=rows.dtype, device=rows.device)
         if y.numel():
             grid, tile, use = _launch("swiglu_forward", rows)
             forward_kernel[grid](rows, y, R, rows.stride(0), H, **tile, **use)
         ctx.save_for_backward(rows)
         ctx.shape = gate_up.shape
-        return y.view(*gate_up.shape[:-1], H)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
