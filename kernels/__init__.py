@@ -7,6 +7,7 @@ from kernels.experts import experts
 from kernels.gated_linear_attention import gated_linear_attention
 from kernels.newton_schulz import newton_schulz
 from kernels.norm import add_rms_norm, gated_rms_norm, l2_norm, rms_norm
+from kernels.rational import rational
 from kernels.rotary import rotary
 from kernels.short_conv import short_convolution
 from kernels.state_space import selective_scan
@@ -22,6 +23,7 @@ __all__ = [
     "l2_norm",
     "linear_cross_entropy",
     "newton_schulz",
+    "rational",
     "rms_norm",
     "rotary",
     "selective_scan",

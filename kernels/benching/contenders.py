@@ -262,6 +262,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "rotary": (_torch("rotate_half", pointwise.rotate_half),),
     "rotary_interleaved": (_torch("complex product", pointwise.complex_product),),
     "swiglu": (_torch("silu * up", pointwise.gated),),
+    "rational": (_torch("Horner's rule", pointwise.fraction),),
     "attention": (_torch("sdpa", dense.sdpa), _torch("softmax(q k) v", dense.written_out)),
     "sliding_attention": (_torch("sdpa, masked", dense.sdpa), _torch("softmax(q k) v", dense.written_out)),
     "experts": (_torch("a loop over experts", dense.expert_loop), _torch("grouped_mm", dense.grouped)),

@@ -1,4 +1,5 @@
-"""The workloads that only read and write memory: norms after an addition, rotary positions, SwiGLU. A shape's width is H x D.
+"""The workloads that only read and write memory: norms after an addition, rotary positions, SwiGLU, the rational activation.
+A shape's width is H x D.
 
 Below each, what plain torch offers in its place.
 """
@@ -89,9 +90,38 @@ def gated(i: Inputs) -> Tensor:
     return F.silu(gate) * up
 
 
+def _hidden(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """KAT's hidden layer, four times the width, with coefficients close to its fit of SiLU: one numerator, 8 denominators."""
+    generator = generator_of(device)
+    x = normal((shape.B, shape.T, 4 * shape.H * shape.K), device, generator).to(dtype)
+    above = torch.tensor([[6.9e-5, 0.5, 0.25, 0.0522, 5.4e-3, 2.3e-4]], device=device)
+    below = torch.tensor([[0.0, 0.104, 0.0, 4.5e-4]], device=device)
+    below = below * (1 + normal((8, 4), device, generator) / 8)
+    return finish({"x": x, "numerator": above, "denominator": below})
+
+
+def _call_rational(inputs: Inputs) -> Tensor:
+    from kernels.rational import rational
+
+    return rational(**inputs)
+
+
+def fraction(i: Inputs) -> Tensor:
+    """Both polynomials by Horner's rule, in fp32 as ours."""
+    a, b = i["numerator"][..., None], i["denominator"][..., None]
+    h = i["x"].to(a.dtype).unflatten(-1, (b.shape[0], -1))
+    above, below = a[:, -1], b[:, -1]
+    for k in reversed(range(a.shape[1] - 1)):
+        above = above * h + a[:, k]
+    for k in reversed(range(b.shape[1] - 1)):
+        below = below * h + b[:, k]
+    return (above / (1 + (below * h).abs())).flatten(-2).to(i["x"].dtype)
+
+
 WORKLOADS = (
     Workload("add_rms_norm", "norm", _addition, _call_addition),
     Workload("rotary", "rotary", _heads, _call_rotary),
     Workload("rotary_interleaved", "rotary", _pairs, _call_rotary),
     Workload("swiglu", "swiglu", _projection, _call_swiglu),
+    Workload("rational", "rational", _hidden, _call_rational),
 )

@@ -25,6 +25,16 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 }
 
 
+@triton.jit
+def corner(p):
+    """(i, j), j <= i, of tile p in the order of a lower triangle's rows: p = i (i + 1) / 2 + j. int32, p below 2^29."""
+    i = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The root is rounded, and on some devices approximate: from either side of a row's first tile it may end on the other.
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    return i, p - i * (i + 1) // 2
+
+
 @triton.jit(do_not_specialize=["alpha", "beta", "diagonal"])
 def symmetric_product_kernel(
     a, b, add, out, m, k, alpha, beta, diagonal,
@@ -35,12 +45,7 @@ def symmetric_product_kernel(
 
     a, b [B, m, k] with any strides; add and out with contiguous rows.
     """
-    # Program p computes tile (i, j), j <= i, in the order of a lower triangle's rows: p = i (i + 1) / 2 + j.
-    pid = tl.program_id(0)
-    i = ((tl.sqrt(8.0 * pid.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > pid, i - 1, i)  # the root is rounded
-    i = tl.where((i + 1) * (i + 2) // 2 <= pid, i + 1, i)
-    j = pid - i * (i + 1) // 2
+    i, j = corner(tl.program_id(0))
     batch = tl.cast(tl.program_id(1), tl.int64)
     lows = (j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # j <= i: the tile above the diagonal has rows `lows`
     highs = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)

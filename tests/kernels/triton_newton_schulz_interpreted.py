@@ -4,16 +4,47 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from kernels.newton_schulz.reference import newton_schulz_reference
-from kernels.newton_schulz.triton import DEFAULTS, newton_schulz_triton, symmetric_product_triton
+from kernels.newton_schulz.triton import DEFAULTS, corner, newton_schulz_triton, symmetric_product_triton
 from kernels.tuning import override
 
 SMALL = {"BLOCK": 16, "BLOCK_K": 16}
 
 
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (16, 16), (50, 37), (33, 100)])
+@triton.jit
+def _corners(places, rows, columns, N: tl.constexpr):
+    at = tl.arange(0, N)
+    i, j = corner(tl.load(places + at))
+    tl.store(rows + at, i)
+    tl.store(columns + at, j)
+
+
+def corners(places: torch.Tensor) -> torch.Tensor:
+    rows, columns = torch.empty_like(places), torch.empty_like(places)
+    _corners[(1,)](places, rows, columns, places.numel())
+    return torch.stack([rows, columns], dim=-1)
+
+
+def test_tiles_are_counted_row_by_row() -> None:
+    """The first 64 rows one by one."""
+    expected = torch.tensor([(i, j) for i in range(64) for j in range(i + 1)][:2048], dtype=torch.int32)
+    assert torch.equal(corners(torch.arange(2048, dtype=torch.int32)), expected)
+
+
+def test_the_ends_of_long_rows() -> None:
+    """Both ends of 32767 rows, up to p = 2^29, where a root in fp32 is off to either side; where roots are approximate, it is so
+    with few tiles."""
+    i = torch.arange(2**15, dtype=torch.int32)
+    first, last = i * (i + 1) // 2, i * (i + 1) // 2 + i
+    assert torch.equal(corners(first), torch.stack([i, 0 * i], dim=-1))
+    assert torch.equal(corners(last), torch.stack([i, i], dim=-1))
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (16, 16), (50, 37), (33, 100), (100, 20)])
 @pytest.mark.parametrize("add", [False, True])
 def test_product(m: int, k: int, add: bool) -> None:
     """Strided operands, sizes that no tile divides; below the diagonal stands what is above it."""
