@@ -88,13 +88,13 @@ class Block(nn.Module):
         self, x: Tensor, sequence: SequenceContext, cache: LayerCache | None = None, carry: Carry | None = None
     ) -> tuple[Tensor, Carry]:
         """x [B, T, D] -> ([B, T, D], the carry for the next layer)."""
-        carry = carry or Carry()
+        given = carry = carry or Carry()
         if self.parallel:
             assert self.mixer is not None and self.ffn is not None
             h = _apply(self.mixer_norm, x)
             mixed = self.mixer(h, sequence, None if cache is None else cache.mixer)
             y, carry = _call(self.ffn, h, sequence, cache, carry)
-            return x + _apply(self.mixer_out_norm, mixed) + _apply(self.ffn_out_norm, y), carry
+            return x + _apply(self.mixer_out_norm, mixed) + _apply(self.ffn_out_norm, y), carry.apart(given)
         if self.mixer is not None:
             mixed = self.mixer(_apply(self.mixer_norm, x), sequence, None if cache is None else cache.mixer)
             mixed = _apply(self.mixer_out_norm, mixed)
@@ -108,7 +108,7 @@ class Block(nn.Module):
         if self.ffn is not None:
             y, carry = _call(self.ffn, h, sequence, cache, carry)
             x = y if self.ffn.owns_residual else _merge(self.ffn_merge, x, _apply(self.ffn_out_norm, y))
-        return x, carry
+        return x, carry.apart(given)
 
     def sublayers(self) -> Iterator[Sublayer]:
         """The mixer and the FFN, as far as there are such."""

@@ -42,6 +42,15 @@ class Carry(NamedTuple):
         """With one more auxiliary loss (nats, summed over tokens)."""
         return self._replace(auxiliary=loss if self.auxiliary is None else self.auxiliary + loss)
 
+    def apart(self, given: Carry) -> Carry:
+        """With copies of what a layer was `given` and passes on as it is.
+
+        An engine hangs its hooks on what a layer returns; FSDP2 hands a layer views, on which it would hang them in vain.
+        """
+        return Carry(
+            *(ours.clone() if ours is not None and ours is theirs else ours for ours, theirs in zip(self, given))
+        )
+
 
 class Sublayer(nn.Module):
     """What the decoder asks of any sublayer.

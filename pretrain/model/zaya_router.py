@@ -86,6 +86,10 @@ class ZayaRouter(Balanced):
                         "all zaya_moe layers of a model need the same router_width"
                     )
                 state = state + self.gamma.to(wide) * previous.to(wide)
+            else:
+                state = (
+                    state.clone()
+                )  # it leaves the layer, which is to return no view (see Carry.apart), as a linear does
             h = rms_norm(state, self.norm.weight.to(wide), self.norm.eps)
             h = functional.gelu(_linear(self.fc1, h))
             h = functional.gelu(_linear(self.fc2, h))

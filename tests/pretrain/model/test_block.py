@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from kernels import rms_norm
 from pretrain.model.block import Block, ResidualScaling
-from pretrain.model.decoder import Decoder
+from pretrain.model.decoder import Decoder, DecoderConfig
 from pretrain.model.sequence import SequenceContext
+from pretrain.model.sublayer import Carry
+from tests.pretrain.families import FFNS, MIXERS
 from tests.pretrain.small import decoder, tokens
 
 PLAIN = {"layers": ["attention + swiglu x2"]}
@@ -116,6 +118,21 @@ def test_packing_and_decoding_hold_in_every_block(block: dict[str, Any]) -> None
     cache = model.new_cache()
     steps = [model(row[:, :4], cache=cache)] + [model(row[:, t : t + 1], cache=cache) for t in range(4, 12)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_a_block_returns_no_view_and_nothing_that_it_was_given(ffn: str) -> None:
+    """Engines hang hooks on what it returns. Linears return views, and so does whatever hands its input on."""
+    layers = {"mixers": {"gla": MIXERS["gla"]}, "ffns": {"ffn": FFNS[ffn]}, "layers": ["gla + ffn x2"]}
+    model = Decoder(DecoderConfig.model_validate({"vocabulary": 8, "width": 32, **layers}))
+    x = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    carry = Carry(None, torch.zeros(1, requires_grad=True)[0])
+    for block in model.blocks:
+        y, passed = block(x, SequenceContext.of(torch.zeros(1, 12, dtype=torch.int64), None), None, carry)
+        for tensor in (y, *passed):
+            assert tensor is None or (tensor._base is None and all(tensor is not given for given in (x, *carry)))
+        x, carry = y, passed
+    (x.sum() + sum(tensor.sum() for tensor in carry if tensor is not None)).backward()
 
 
 def test_following_stays_within_each_sequence() -> None:
