@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 NAMES = ("triton", "chunked", "reference")
 VARIABLE = "BRAID_KERNELS"
+COMPILING = "torch.compile fuses the reference form by itself"
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ class Form:
     why_not: Callable[[Request], str | None] = lambda request: None
 
     def load(self) -> Callable[..., Any]:
-        return getattr(importlib.import_module(self.module), self.function)
+        # torch.compile can follow a look-up, and no import.
+        module = sys.modules[self.module] if self.module in sys.modules else importlib.import_module(self.module)
+        return getattr(module, self.function)
 
 
 def triton_objection(request: Request) -> str | None:
     """The objections that every Triton form shares."""
+    if (objection := eager_objection(request)) is not None:
+        return objection
     if request.device.type != "cuda" and not interpreting():
         return f"the tensors are on {request.device.type}, Triton kernels run on CUDA or ROCm devices"
     if not _installed("triton"):
@@ -65,11 +71,11 @@ def triton_objection(request: Request) -> str | None:
 
 
 def eager_objection(request: Request) -> str | None:
-    """For forms that save passes over memory by writing into slices: torch.compile fuses the reference's operations by itself,
-    and takes outputs that are views of one another for what they are not.
+    """For fast forms of what works on each element or row by itself: torch.compile fuses the reference's operations, and takes
+    outputs that are views of one another for what they are not. Other operators it never sees (kernels/common/opaque.py).
     """
     if torch.compiler.is_compiling() and forced_form() is None:
-        return "torch.compile fuses the reference form by itself"
+        return COMPILING
     return None
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation, applied to a model's blocks from outside. Neither changes names or results."""
+"""Activation checkpointing, applied to a model's blocks from outside. It changes neither names nor results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from parallel.compilation import is_compiled
 
 Recompute = Literal["none", "full", "selective"]
 
@@ -31,7 +33,8 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
     """Frees activations inside each block after its forward pass and computes them again in the backward pass.
 
     full: only a block's inputs are kept. selective: the results of matrix products and of attention are kept, too. Call it before
-    the blocks are sharded or compiled.
+    the blocks are sharded, and after they are compiled. What is compiled is selective by itself: its backward
+    pass computes again all that can be fused.
     """
     if mode == "none":
         return
@@ -39,6 +42,8 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
+        if mode == "selective" and is_compiled(block):
+            continue
         # In place of the method, not around the module: parameters keep their names, and FSDP2 its hooks.
         block.forward = partial(checkpoint, block.forward, **options)
 
@@ -46,9 +51,3 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     # Inside an operator with a backward of its own (gradients are off there) products are scratch, overwritten as it goes.
     return CheckpointPolicy.MUST_SAVE if op in KEPT and torch.is_grad_enabled() else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def apply_compile(blocks: Iterable[nn.Module]) -> None:
-    """Compiles each block with torch.compile: one graph for all blocks that look alike. Call it before they are sharded."""
-    for block in blocks:
-        block.compile()

@@ -45,7 +45,10 @@ class TrainConfig(Strict):
     recompute: Recompute = "none"
     """Activation checkpointing: full keeps only each block's input, selective also the results of matrix products."""
     compile: bool = False
-    """torch.compile for every block. The first steps are slow; worth it on GPUs."""
+    """torch.compile for every block; blocks that are alike share their programs. The first step is slow; worth it on GPUs."""
+    compile_cache: Path | None = None
+    """Where compiled programs are kept for later runs; braid/compiled in the user's cache ($XDG_CACHE_HOME or ~/.cache) when left
+    out. A folder of the run's own, such as runs/x/compiled, goes where the run goes."""
     timeout: float = Field(600.0, gt=0)
     """Seconds that a rank waits for the others in one operation; then the job ends instead of hanging."""
     seed: int = Field(0, ge=0)

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Form, Request, choose, triton_objection
+from kernels.dispatch import Form, Request, choose, eager_objection, triton_objection
 
 __all__ = [
     "ADD_RMS_NORM_FORMS",
@@ -39,7 +39,7 @@ def _triton_why_not(request: Request) -> str | None:
 def _forms(function: str, chunked: str = "kernels.norm.chunked") -> tuple[Form, ...]:
     return (
         Form("triton", "kernels.norm.triton", f"{function}_triton", _triton_why_not),
-        Form("chunked", chunked, f"{function}_chunked"),
+        Form("chunked", chunked, f"{function}_chunked", eager_objection),
         Form("reference", "kernels.norm.reference", f"{function}_reference"),
     )
 

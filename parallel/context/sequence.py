@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import attention, short_convolution
+from kernels.common.opaque import opaque
 from parallel import collectives
 from parallel.context.cut import Cut, check_reach
 from parallel.context.recurrences import law_of
@@ -61,10 +62,12 @@ class CutSequence:
             if pieces[0].continues
         ]
 
+    @opaque
     def rotary(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
         tables: tuple[Tensor, Tensor] = self.plain.rotary(dim, theta)
         return tables
 
+    @opaque
     def attend(
         self,
         q: Tensor,
@@ -105,6 +108,7 @@ class CutSequence:
             self._keys[window] = Keys(first, torch.tensor([0, *lengths]).cumsum(0).to(self.cu_seqlens))
         return self._keys[window]
 
+    @opaque
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = "silu", cache: Cache = None
     ) -> Tensor:
@@ -120,6 +124,7 @@ class CutSequence:
         )
         return y
 
+    @opaque
     def recur(
         self,
         operator: Callable[..., tuple[Tensor, Tensor | None]],
@@ -153,6 +158,7 @@ class CutSequence:
         o, _ = operator(head, *inputs[1:], initial_state=initial, cu_seqlens=self.cu_seqlens, **options)
         return o
 
+    @opaque
     def history(
         self, x: Tensor, reach: int, before: Tensor | None = None, cache: Cache = None, name: str = "history"
     ) -> list[Tensor]:
@@ -169,6 +175,7 @@ class CutSequence:
         positions = self.positions[..., None]
         return [torch.where(positions < n, before, step) if n else step for n, step in zip(ago, steps)]
 
+    @opaque
     def following(self, row: Tensor, fill: int) -> Tensor:
         C, chunks = self.cut.chunk, row.chunk(2, dim=1)
         first = collectives.gathered(row[0, ::C], 0, self.group)
@@ -178,9 +185,11 @@ class CutSequence:
             shifted += [own[:, 1:], first[place][None, None]]
         return torch.cat(shifted, dim=1).masked_fill(self.cut.last().to(row.device), fill)
 
+    @opaque
     def owners(self) -> tuple[Tensor, int]:
         return self.cut.owners().to(self.positions.device), len(self.cut.borders) - 1
 
+    @opaque
     def total(self, counts: Tensor) -> Tensor:
         return collectives.summed(counts, self.group)
 

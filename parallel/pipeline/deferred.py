@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from parallel.compilation import is_compiled
+
 
 class WeightGradients:
     """The products that are still to be done, of the linear layers of one stage."""
@@ -26,7 +28,7 @@ class WeightGradients:
 
         Raises ValueError for compiled modules, which would not call what is put in place here.
         """
-        if any(getattr(child, "_compiled_call_impl", None) is not None for child in module.modules()):
+        if is_compiled(module):
             raise ValueError(
                 "mesh.pp_schedule=zbv puts weight gradients off, which compiled blocks cannot; "
                 "use mesh.pp_schedule=interleaved, or do not compile"

@@ -2,7 +2,7 @@
 
 Sublayers call these methods for whatever crosses from one token to another. Here they are plain calls of the kernels, with
 a cache while generating. Where a row is cut over several ranks, `parallel/context` supplies an object with the same methods,
-and no sublayer knows of it.
+and no sublayer knows of it. torch.compile leaves them as they are (`opaque`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels import attention, delta_rule, gated_linear_attention, selective_scan, short_convolution
+from kernels.common.opaque import opaque
 from kernels.delta_rule import delta_rule_step
 from kernels.gated_linear_attention import gated_linear_attention_step
 from kernels.short_conv import short_convolution_step
@@ -59,6 +60,7 @@ class SequenceContext:
         lengths = cu_seqlens[1:].long() - starts
         return cls((positions - torch.repeat_interleave(starts, lengths, output_size=T))[None], cu_seqlens)
 
+    @opaque
     def rotary(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """(cos, sin), each fp32 [B, T, 1, dim / 2], computed once per forward pass for all layers that agree on them."""
         key = (dim, theta)
@@ -68,6 +70,7 @@ class SequenceContext:
             self._rotary[key] = (angles.cos()[:, :, None], angles.sin()[:, :, None])
         return self._rotary[key]
 
+    @opaque
     def attend(
         self,
         q: Tensor,
@@ -87,6 +90,7 @@ class SequenceContext:
             k, v = _remember(cache, k, v, None if self.cu_seqlens is not None else window)
         return attention(q, k, v, scale=scale, window=window, cu_seqlens=self.cu_seqlens)
 
+    @opaque
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = "silu", cache: Cache = None
     ) -> Tensor:
@@ -107,6 +111,7 @@ class SequenceContext:
             cache["conv"] = tail
         return y
 
+    @opaque
     def recur(self, operator: Operator, *inputs: Tensor | None, cache: Cache = None, **options: Any) -> Tensor:
         """A recurrent operator of `kernels`, continued from cache["memory"] and remembered there.
 
@@ -157,6 +162,7 @@ class SequenceContext:
         """row [B, T] shifted left by one within each sequence; the last place of each sequence gets `fill`."""
         return pad(row[:, 1:].masked_fill(self.positions[:, 1:] == 0, fill), (0, 1), value=fill)
 
+    @opaque
     def owners(self) -> tuple[Tensor, int]:
         """(the sequence of each token, int64 [B * T]; how many there are), rows one after the other."""
         B, T = self.positions.shape

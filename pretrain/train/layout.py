@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from parallel.compilation import apply_compile
 from parallel.context import apply_context, check_context
 from parallel.expert import apply_experts, check_experts, share_loads
 from parallel.grid import Grid
 from parallel.mesh import Mesh
-from parallel.recompute import apply_compile, apply_recompute
+from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor, check_tensor
 from pretrain.config import ConfigError, RunConfig
 from pretrain.model.decoder import Decoder
@@ -111,13 +112,13 @@ def plan(config: RunConfig, model: Decoder) -> Plan:
 def apply(model: Decoder, config: RunConfig, mesh: Mesh) -> None:
     """Cuts a whole model or a stage of one, the same on all ranks, down to this rank's part of it.
 
-    Then recomputation and compilation of its blocks.
+    Then compilation and recomputation of its blocks.
     """
     apply_tensor(model, mesh)
     apply_experts(model, mesh)
     apply_context(model, mesh, config.mesh.context)
     share_loads(model, mesh)
     blocks = list(model.layers())
-    apply_recompute(blocks, config.train.recompute)
     if config.train.compile:
         apply_compile(blocks)
+    apply_recompute(blocks, config.train.recompute)

@@ -29,6 +29,7 @@ from pretrain.train.faults.events import Events
 from pretrain.train.faults.guard import Guard
 from pretrain.train.faults.replica_check import ReplicaCheck
 from pretrain.train.faults.rewind import Rewind
+from pretrain.train.first_step import FirstStep
 from pretrain.train.metrics import Metrics
 from pretrain.train.near import Near
 from pretrain.train.plot import LossCurve
@@ -83,6 +84,7 @@ class Loop:
             Balance(parts.mesh),
             Metrics(config.log.tensorboard),
             self.progress,
+            FirstStep(self.progress.say),
             Validation(parts.validation, self.progress, parts.mesh, flag),
             self.near,
             self.save,

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels import experts
+from kernels.common.opaque import opaque
 from pretrain.model.split import Section, Split
 from pretrain.model.sublayer import ContextualFFN, linear_flops, require
 
 # (x [N, D], gate_up [E, D, 2F], down [E, F, D], indices [N, k], scores [N, k]) -> y [N, D]
 Dispatcher = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+local: Dispatcher = opaque(experts)
 
 
 class Pending(Protocol):
@@ -51,7 +53,7 @@ class RoutedFFN(ContextualFFN):
         self.experts, self.top_k = experts_count, top_k
         self.gate_up = nn.Parameter(torch.empty(experts_count, width, 2 * hidden))
         self.down = nn.Parameter(torch.empty(experts_count, hidden, width))
-        self.dispatch: Dispatcher = experts
+        self.dispatch: Dispatcher = local
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import experts
+from kernels.common.opaque import opaque
 from pretrain.model.ffns.mlp import MLPConfig
 from pretrain.model.ffns.routed import Dispatcher, expert_splits
 from pretrain.model.ffns.swiglu import SwiGLUConfig
@@ -85,6 +86,7 @@ class UnionOfExperts(ContextualFFN):
         self.up.normal_(0.0, std)
         self.down.normal_(0.0, std)
 
+    @opaque  # who takes how much differs from row to row
     def forward(
         self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None, carry: Carry
     ) -> tuple[Tensor, Carry]:

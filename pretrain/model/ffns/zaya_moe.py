@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
+from kernels.common.opaque import opaque
 from pretrain.model.ffns.routed import RoutedFFN
 from pretrain.model.sequence import SequenceContext
 from pretrain.model.sublayer import Carry, FFNConfig, linear_flops, require
@@ -76,6 +77,7 @@ class ZayaMoE(RoutedFFN):
         y = self._experts(self._tokens(x), indices, scores)
         return y.view_as(x), carry._replace(router_state=state)
 
+    @opaque  # how many skip differs from row to row
     def _experts(self, x: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         if self.skip == "off":
             return self.dispatch(x, self.gate_up, self.down, indices, scores)

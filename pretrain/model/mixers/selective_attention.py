@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import attention, rms_norm
+from kernels.common.opaque import opaque
 from pretrain.model.mixers.attention import AttentionConfig, require_groups
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
@@ -96,6 +97,7 @@ class SelectiveAttention(Mixer):
         self.qkv.normal_(0.0, std)
         self.out.normal_(0.0, std)
 
+    @opaque  # who takes how much differs from row to row
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
         selection = self.routing(x, sequence, cache)
         selection = selection if self.own is None else selection.of(self.own)
