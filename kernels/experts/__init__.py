@@ -2,6 +2,8 @@
 
     y_n = sum_j scores[n, j] * (act(x_n G_e) * (x_n U_e)) D_e      with e = indices[n, j]
 
+and without gates sum_j scores[n, j] * act(x_n U_e) D_e.
+
 Source: Shazeer et al. 2017 (1701.06538); dropless: Gale et al. 2022 (2211.15841); gated units: Shazeer 2020
 (2002.05202).
 """
@@ -11,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Form, Request, choose
+from kernels.dispatch import Form, Request, choose, triton_objection
 from kernels.experts.activations import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "FORMS", "experts", "load"]
 
 FORMS = (
+    Form("triton", "kernels.experts.triton", "experts_triton", triton_objection),
     Form("chunked", "kernels.experts.chunked", "experts"),
     Form("reference", "kernels.experts.reference", "experts"),
 )
@@ -35,11 +38,12 @@ def experts(
 
     Args:
         x: [N, D] tokens. Its dtype is the dtype of the matrix products, whatever autocast says.
-        gate_up: [E, D, 2F], gate columns first, then up. Cast to x's dtype inside; its gradient comes back in its own.
+        gate_up: [E, D, 2F], gate columns first, then up; or [E, D, F], experts without gates. Cast to x's dtype inside; its
+            gradient comes back in its own.
         down: [E, F, D], likewise.
         indices: int64 [N, k], the expert of each choice, 0 <= indices < E; the same expert may be chosen twice.
         scores: [N, k] combine weights, fp32 in training; differentiable.
-        activation: of the gate, one of ACTIVATIONS.
+        activation: of the gate, or of the hidden layer where there is none; one of ACTIVATIONS.
 
     Returns y [N, D] in x's dtype. Deterministic: the order of every sum depends on the arguments only.
 
@@ -53,7 +57,7 @@ def experts(
         device=x.device,
         dtype=x.dtype,
         shape={"N": N, "D": D, "E": E, "F": F, "k": indices.shape[1]},
-        options={"activation": activation},
+        options={"activation": activation, "gated": gate_up.shape[2] != F},
     )
     form = choose(FORMS, request).load()
     with torch.autocast(x.device.type, enabled=False):
@@ -75,8 +79,11 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Te
     if down.dim() != 3 or down.shape[2] != x.shape[1]:
         raise ValueError(f"down must be [E, F, D] with D = {x.shape[1]} as in x, got {tuple(down.shape)}")
     E, F, D = down.shape
-    if gate_up.shape != (E, D, 2 * F):
-        raise ValueError(f"gate_up must be [E, D, 2F] = {(E, D, 2 * F)} to fit down, got {tuple(gate_up.shape)}")
+    if gate_up.shape not in ((E, D, 2 * F), (E, D, F)):
+        raise ValueError(
+            f"gate_up must be [E, D, 2F] = {(E, D, 2 * F)} to fit down, or {(E, D, F)} for experts without gates, "
+            f"got {tuple(gate_up.shape)}"
+        )
     if indices.dim() != 2 or indices.shape[0] != x.shape[0] or indices.dtype != torch.int64:
         raise ValueError(
             f"indices must be int64 [N, k] with N = {x.shape[0]}, got {indices.dtype} {tuple(indices.shape)}"
