@@ -1,6 +1,7 @@
 """Operators as pure functions of tensors: reference, chunked torch, Triton. One public function each."""
 
 from kernels.attention import attention
+from kernels.cca import cca
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.delta_rule import delta_rule
 from kernels.experts import experts
@@ -16,6 +17,7 @@ from kernels.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "cca",
     "delta_rule",
     "experts",
     "gated_linear_attention",

@@ -113,16 +113,27 @@ class CutSequence:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = "silu", cache: Cache = None
     ) -> Tensor:
         _refuse(cache)
-        reach, states = weight.shape[1] - 1, []
-        x, tails = self._tails(x, x, reach)
-        for _, chunk, document in self._continued:
-            known = min(reach, chunk * self.cut.chunk - document)
-            columns = tails[self.cut.place(chunk - 1), reach - known :]
-            states.append(torch.cat((columns.new_zeros(reach - known, columns.shape[1]), columns)).t())
+        x, before = self._columns(x, weight.shape[1] - 1)
+        states = None if before is None else before.transpose(1, 2)
         y, _ = short_convolution(
-            x, weight, bias, activation=activation, initial_state=self._initial(states), cu_seqlens=self.cu_seqlens
+            x, weight, bias, activation=activation, initial_state=states, cu_seqlens=self.cu_seqlens
         )
         return y
+
+    def look_back(
+        self,
+        operator: Callable[..., tuple[Any, ...]],
+        x: Tensor,
+        *parameters: Tensor,
+        reach: int,
+        cache: Cache = None,
+        name: str = "columns",
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        _refuse(cache)
+        x, before = self._columns(x, reach)
+        *outputs, _ = operator(x, *parameters, initial_state=before, cu_seqlens=self.cu_seqlens, **options)
+        return tuple(outputs)
 
     @opaque
     def recur(
@@ -192,6 +203,16 @@ class CutSequence:
     @opaque
     def total(self, counts: Tensor) -> Tensor:
         return collectives.summed(counts, self.group)
+
+    def _columns(self, x: Tensor, reach: int) -> tuple[Tensor, Tensor | None]:
+        """(x, the `reach` columns before each piece [pieces, reach, C], zeros before a document; None where none continues)."""
+        x, tails = self._tails(x, x, reach)
+        states = []
+        for _, chunk, document in self._continued:
+            known = min(reach, chunk * self.cut.chunk - document)
+            columns = tails[self.cut.place(chunk - 1), reach - known :]
+            states.append(torch.cat((columns.new_zeros(reach - known, columns.shape[1]), columns)))
+        return x, self._initial(states)
 
     def _tails(self, kept: Tensor, x: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """(kept, the last `reach` columns of every chunk of x [1, 2 * chunk, ...]: [2 * ranks, reach, ...], by place)."""

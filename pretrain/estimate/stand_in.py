@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import delta_rule, gated_linear_attention, short_convolution
 from kernels.attention.chunked import attention as packed_attention
+from kernels.cca.chunked import BLOCK_BYTES as CCA_BYTES
 from kernels.experts.chunked import alignment
 from kernels.norm.chunked import BLOCK_ELEMENTS
 from kernels.offline.choice import choosing
@@ -147,6 +148,12 @@ class TracedSequence(SequenceContext):
         self.notes.send("cp", "tails", "recurrence's states", 2.0 * summary(operator, inputs))
         return recur(operator, inputs, options, self.count, self.notes.gpu)
 
+    def look_back(
+        self, operator: Any, x: Tensor, *parameters: Tensor, reach: int, cache: Any = None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        self._columns(x, reach, "convolutions' columns")
+        return _queries_and_keys(self.notes, x, *parameters)
+
     def history(
         self, x: Tensor, reach: int, before: Tensor | None = None, cache: Any = None, name: str = "history"
     ) -> list[Tensor]:
@@ -247,18 +254,21 @@ class Experts:
         products = self.notes.products[self.notes.phase]
         products.append(Product("experts.gate_up", choices / E, 2 * F, D, E, kept=False))
         products.append(Product("experts.down", choices / E, D, F, E, kept=False))
-        extra = held * 2 * F * tokens.element_size() + 8 * (held + choices)  # the projections, and who is where
-        # One expert at a time: its weights in the tokens' precision, and a few of its hidden activations.
         item = tokens.element_size()
-        cast = 0 if gate_up.dtype == tokens.dtype else 2 * F * D * item
-        one = held // E * F * item
-        scratch = (one + cast, 5 * one + cast)
+        cast = 0 if gate_up.dtype == tokens.dtype else 3 * F * D * item
+        if self.notes.gpu:  # hidden activations of all rows; all matrices in the tokens' precision
+            extra = held * 2 * F * item + 4 * choices
+            scratch = (held * F * item + E * cast, held * 3 * F * item + E * cast)
+        else:  # kept are the projections, and who is where; one expert at a time passes through the other buffers
+            extra = held * 2 * F * item + 8 * (2 * held + choices)
+            share = held // E * item
+            scratch = (share * (D + F) + cast, share * (D + 4 * F) + cast)
         y: Tensor = _Experts.apply(tokens, gate_up, down, scores, extra, held, scratch)
         return y
 
 
 class _Experts(torch.autograd.Function):
-    """kernels/experts/chunked.py in its allocations."""
+    """kernels/experts in its allocations."""
 
     @staticmethod
     def forward(
@@ -272,19 +282,19 @@ class _Experts(torch.autograd.Function):
         scratch: tuple[int, int],
     ) -> Tensor:
         hidden = x.new_empty(extra, dtype=torch.uint8)
-        gathered, out = x.new_empty(rows, x.shape[1]), x.new_empty(rows, x.shape[1])
+        out = x.new_empty(rows, x.shape[1])
         ctx.save_for_backward(x, gate_up, down, scores, hidden)
         ctx.rows, ctx.scratch = rows, scratch[1]
         x.new_empty(scratch[0], dtype=torch.uint8)
         y = torch.empty_like(x)
-        del gathered, out
+        del out
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, gate_up, down, scores, _ = ctx.saved_tensors
-        rows = [x.new_empty(ctx.rows, x.shape[1]) for _ in range(3)]
+        rows = x.new_empty(ctx.rows, x.shape[1])
         gradients = torch.empty_like(gate_up), torch.empty_like(down)
         scratch = x.new_empty(ctx.scratch, dtype=torch.uint8)
         dx = torch.empty_like(x)
@@ -498,6 +508,29 @@ def _rotary(x: Tensor, *angles: Any) -> Tensor:
 def _swiglu(gate_up: Tensor) -> Tensor:
     *rows, width = gate_up.shape
     return stand(Like((*rows, width // 2), gate_up.dtype), [gate_up], [True])
+
+
+def _queries_and_keys(notes: Notes, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """kernels/cca in its allocations."""
+    depthwise, _, grouped, _, factor = parameters
+    B, T, C = z.shape
+    J, rows, d = grouped.shape
+    HKV, W1, item = factor.numel(), rows // d, z.element_size()
+    # Gradients are off inside the operator, whose backward makes the convolutions again.
+    notes.products[notes.phase].append(Product("cca.grouped", B * T, d, rows, J, kept=False))
+    if notes.gpu:
+        # Both convolutions as one; the gradients of what is normalised, and sums of each program.
+        taps = 4 * J * d * d * (depthwise.shape[1] + W1 - 1)
+        scratch = (2 * taps, size(z) + 5 * taps)
+    else:
+        block = min(B * T * C, CCA_BYTES * torch.get_num_threads() // 4)  # worked through in blocks of so many elements
+        wide = torch.promote_types(z.dtype, torch.float32).itemsize
+        low = item + wide if item != wide else 0  # products, and rows in fp32
+        forward = block * (wide + W1 * item + low)
+        scratch = (forward, forward + block * wide * (3 + (W1 if item == wide else 1)) + grouped.numel() * wide)
+    q = stand(Like((B, T, J - HKV, d), z.dtype), (z, *parameters), [True] * 6, scratch=scratch)
+    # Its gradient reaches z by the queries': there is one for both.
+    return q, stand(Like((B, T, HKV, d), z.dtype), [factor], [True])
 
 
 class _Form:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels import attention, delta_rule, gated_linear_attention, selective_scan, short_convolution
+from kernels import attention, cca, delta_rule, gated_linear_attention, selective_scan, short_convolution
 from kernels.common.opaque import opaque
+from kernels.cca import cca_step
 from kernels.delta_rule import delta_rule_step
 from kernels.gated_linear_attention import gated_linear_attention_step
 from kernels.short_conv import short_convolution_step
@@ -26,7 +27,8 @@ Cache = dict[str, Any] | None
 Operator = Callable[..., tuple[Tensor, Tensor | None]]
 
 # What each operator does for a single token that continues a state: generation would else pay for a chunk's set-up.
-STEPS: dict[Callable[..., Any], Callable[..., tuple[Tensor, Tensor]]] = {
+STEPS: dict[Callable[..., Any], Callable[..., tuple[Tensor, ...]]] = {
+    cca: cca_step,
     delta_rule: delta_rule_step,
     gated_linear_attention: gated_linear_attention_step,
     selective_scan: selective_scan_step,
@@ -131,6 +133,34 @@ class SequenceContext:
         if cache is not None:
             cache["memory"] = state
         return o
+
+    def look_back(
+        self,
+        operator: Callable[..., tuple[Any, ...]],
+        x: Tensor,
+        *parameters: Tensor,
+        reach: int,
+        cache: Cache = None,
+        name: str = "columns",
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """The outputs of an operator of `kernels` that sees x [B, T, C] and `reach` columns before each token, zeros where a
+        sequence had not begun; continued from cache[name] [B, reach, C] and remembered there.
+        """
+        if cache is not None and name in cache and x.shape[1] == 1:
+            *token, cache[name] = STEPS[operator](x[:, 0], *parameters, cache[name], **options)
+            return tuple(output[:, None] for output in token)
+        *outputs, columns = operator(
+            x,
+            *parameters,
+            initial_state=None if cache is None else cache.get(name),
+            output_final_state=cache is not None,
+            cu_seqlens=self.cu_seqlens,
+            **options,
+        )
+        if cache is not None:
+            cache[name] = columns
+        return tuple(outputs)
 
     def history(
         self, x: Tensor, reach: int, before: Tensor | None = None, cache: Cache = None, name: str = "history"

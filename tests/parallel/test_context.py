@@ -227,7 +227,9 @@ def test_what_cannot_be_cut_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"looks 2 tokens back.*a row of 4 tokens into chunks of 1.*at least 8 tokens"):
         check_context(model, 2, 4)
     cca = model_of("mixer cca", torch.float32)
-    check_context(cca, 2, 4)
+    check_context(cca, 2, 8)
+    with pytest.raises(ValueError, match="looks 2 tokens back"):
+        check_context(cca, 2, 4)  # the halo of both convolutions
     with pytest.raises(ValueError, match="looks 3 tokens back"):
         check_context(model_of("mixer kda", torch.float32), 2, 8)
 

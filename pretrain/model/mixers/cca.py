@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kernels import l2_norm
+from kernels import cca
 from pretrain.model.mixers.attention import require_groups
 from pretrain.model.rotary import apply_rotary, rotary_channels
 from pretrain.model.sequence import SequenceContext
@@ -84,7 +84,7 @@ class CCA(Mixer):
 
     @property
     def reach(self) -> int:
-        return max(*self.taps, 2) - 1  # values look one token back
+        return max(sum(self.taps) - 2, 1)  # values look one token back
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -98,36 +98,33 @@ class CCA(Mixer):
 
     def forward(self, x: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
         z, v, v_delayed = self.qkv(x).split(self.sections, dim=-1)
-        q, k = self.queries_and_keys(z, self.convolve(z, sequence, cache))
+        q, k = self.queries_and_keys(z, sequence, cache)
         v_delayed, _ = sequence.history(v_delayed, 1, None, cache, "v_delayed")
         v = torch.cat((v, v_delayed), dim=-1).unflatten(-1, (-1, self.head_dim))
         if self.rotary_dim:
             cos, sin = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        q, k = q.to(v.dtype), k.to(v.dtype)
         # Unit vectors and this scale are vectors of length sqrt(d) and 1 / sqrt(d).
         scale = math.sqrt(self.head_dim)
         o = sequence.attend(q, k, v, scale=scale, window=self.window, cache=cache)
         return self.out(o.flatten(-2))
 
-    def convolve(self, z: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None) -> Tensor:
-        """s [B, T, C] of the projections z [B, T, C]: both convolutions, from the start of each sequence."""
-        u = sequence.convolve(z, self.depthwise, self.depthwise_bias, None, cache)
-        # Before a sequence stands what the first convolution makes of zeros.
-        seen = sequence.history(u, self.taps[1] - 1, self.depthwise_bias, cache, "convolved")
-        # A product a head: a grouped convolution took up to 4 times as long on a CPU, in its own layout [B, C, T].
-        window = torch.cat([u.unflatten(-1, (-1, self.head_dim)) for u in seen], dim=-1)
-        return torch.einsum("bthi,hio->btho", window, self.grouped).flatten(-2) + self.grouped_bias.to(z.dtype)
-
-    def queries_and_keys(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, T, H, d] of length 1 and k [B, T, HKV, d] of length |T|, before the rotation."""
-        (q0, k0), (q, k) = (
-            [part.unflatten(-1, (-1, self.head_dim)) for part in x.split(self.mixed, dim=-1)] for x in (z, s)
-        )
-        q_mean, k_mean = query_key_mean(q0, k0)
-        q, k = l2_norm(q + q_mean, self.norm_eps), l2_norm(k + k_mean, self.norm_eps)
+    def queries_and_keys(
+        self, z: Tensor, sequence: SequenceContext, cache: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, d] of length 1 and k [B, T, HKV, d] of length |T|, before the rotation, of the projections z [B, T, C]."""
         factor = self.temperature.to(torch.promote_types(self.temperature.dtype, torch.float32))
-        return q, k * (factor.exp() if self.exponential else factor)[:, None]
+        parameters = (self.depthwise, self.depthwise_bias, self.grouped, self.grouped_bias)
+        q, k = sequence.look_back(
+            cca,
+            z,
+            *parameters,
+            factor.exp() if self.exponential else factor,
+            reach=sum(self.taps) - 2,
+            cache=cache,
+            eps=self.norm_eps,
+        )
+        return q, k
 
     def flops_per_token(self, context: float) -> float:
         keys = context if self.window is None else min(context, self.window)
@@ -151,9 +148,3 @@ class CCA(Mixer):
         self.heads, self.kv_heads = self.heads // ranks, self.kv_heads // ranks
         self.mixed = (self.mixed[0] // ranks, own)
         self.sections = (sum(self.mixed), undelayed, own - undelayed)
-
-
-def query_key_mean(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """(m_q [.., H, d], m_k [.., HKV, d]): each query head averaged with its key head, and that averaged over the group."""
-    grouped = (q.unflatten(-2, (k.shape[-2], -1)) + k[..., None, :]) * 0.5
-    return grouped.flatten(-3, -2), grouped.mean(dim=-2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.model.mixers.attention import AttentionConfig
-from pretrain.model.mixers.cca import CCA, CCAConfig, query_key_mean
+from pretrain.model.mixers.cca import CCA, CCAConfig
 from pretrain.model.mixers.mla import MLA, MLAConfig
 from pretrain.model.rotary import apply_rotary
 from pretrain.model.sequence import SequenceContext
@@ -321,11 +321,16 @@ def test_cca_pads_once_and_twice_would_differ_at_the_start_only(name: str) -> No
     zt = z.transpose(1, 2)
     once = conv1(conv0(F.pad(zt, (first + second - 2, 0)))).transpose(1, 2)
     twice = conv1(F.pad(conv0(F.pad(zt, (first - 1, 0))), (second - 1, 0))).transpose(1, 2)
-    s = mixer.convolve(z, context(z))
-    torch.testing.assert_close(s, once, atol=1e-12, rtol=0)
-    difference = (s - twice).abs().amax(dim=(0, 2))
-    assert difference[second - 1 :].max() < 1e-12
-    assert (difference[: second - 1] > 1e-3).all()
+    ours = mixer.queries_and_keys(z, context(z))
+    for padded, matters in ((once, 0), (twice, second - 1)):
+        s, heads0 = (x.unflatten(-1, (heads, -1)) for x in (padded, z))
+        means = query_key_mean(*heads0.split((mixer.heads, mixer.kv_heads), dim=2))
+        lengths = (1.0, mixer.temperature.exp() if mixer.exponential else mixer.temperature)
+        for x, part, mean, length in zip(ours, s.split((mixer.heads, mixer.kv_heads), dim=2), means, lengths):
+            expected = F.normalize(part + mean, dim=-1) * torch.as_tensor(length).view(-1, 1)
+            difference = (x - expected).abs().amax(dim=(0, 2, 3))
+            assert difference[matters:].max() < 1e-11
+            assert (difference[:matters] > 1e-3).all()
 
 
 @CCAS
@@ -333,7 +338,7 @@ def test_cca_lengths_bound_the_logits(name: str) -> None:
     mixer = build(name)
     assert isinstance(mixer, CCA)
     z = draw(2, 10, sum(mixer.mixed))
-    q, k = mixer.queries_and_keys(z, mixer.convolve(z, context(z)))
+    q, k = mixer.queries_and_keys(z, context(z))
     factor = mixer.temperature.exp() if mixer.exponential else mixer.temperature
     torch.testing.assert_close(q.norm(dim=-1), torch.ones(q.shape[:-1], dtype=q.dtype), atol=1e-9, rtol=0)
     torch.testing.assert_close(k.norm(dim=-1), factor.abs().expand(k.shape[:-1]), atol=1e-9, rtol=0)
@@ -342,6 +347,12 @@ def test_cca_lengths_bound_the_logits(name: str) -> None:
     scores = math.sqrt(mixer.head_dim) * torch.einsum("bthd,bshd->bhts", q, k)
     bound = factor.abs().repeat_interleave(mixer.heads // mixer.kv_heads) * math.sqrt(mixer.head_dim)
     assert (scores.abs() <= bound[:, None, None] + 1e-9).all()
+
+
+def query_key_mean(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each query head [B, T, H, d] averaged with its key head [B, T, HKV, d], and that averaged over the group."""
+    grouped = (q.unflatten(2, (k.shape[2], -1)) + k[:, :, :, None]) / 2
+    return grouped.flatten(2, 3), grouped.mean(dim=3)
 
 
 def test_cca_mean_of_keys_is_half_the_queries_mean_and_half_the_key() -> None:
@@ -361,7 +372,7 @@ def test_cca_without_biases_does_not_feel_the_scale_of_its_projections(name: str
         mixer.depthwise_bias.zero_()
         mixer.grouped_bias.zero_()
     z = draw(2, 10, sum(mixer.mixed))
-    ours, scaled = (mixer.queries_and_keys(x, mixer.convolve(x, context(x))) for x in (z, c * z))
+    ours, scaled = (mixer.queries_and_keys(x, context(x)) for x in (z, c * z))
     for a, b in zip(ours, scaled):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
 
@@ -370,7 +381,7 @@ def test_cca_scores_depend_on_distances_only() -> None:
     mixer = build("cca")
     assert isinstance(mixer, CCA)
     z = draw(1, 10, sum(mixer.mixed))
-    q, k = mixer.queries_and_keys(z, mixer.convolve(z, context(z)))
+    q, k = mixer.queries_and_keys(z, context(z))
     k = k.repeat_interleave(2, dim=2)
     scores = []
     for offset in (0, 5):
@@ -404,9 +415,9 @@ def test_cca_cache_holds_two_columns_and_one_delayed_value() -> None:
     with torch.no_grad():
         call(mixer, draw(2, 7, WIDTH), cache=cache)
         assert {key: tuple(value.shape) for key, value in cache.items()} == {
-            "conv": (2, 36, 1), "convolved": (2, 1, 36), "v_delayed": (2, 1, 6), "k": (2, 7, 2, 6), "v": (2, 7, 2, 6),
+            "columns": (2, 2, 36), "v_delayed": (2, 1, 6), "k": (2, 7, 2, 6), "v": (2, 7, 2, 6),
         }  # fmt: skip
-        for name in ("conv", "convolved", "v_delayed"):
+        for name in ("columns", "v_delayed"):
             assert cache[name].untyped_storage().nbytes() == cache[name].nbytes  # not a view of the whole prompt
 
 
