@@ -73,6 +73,11 @@ class Job:
         for rank in ranks or self.pids:
             (os.killpg if group else os.kill)(self.pids[rank], number)
 
+    def heard(self, number: int, *ranks: int) -> None:
+        """Waits until the watchers of these ranks, or of all, have taken the signal: another of its number would become one
+        with it, however long that lasts on a busy machine."""
+        until(lambda: not any(_pending(self.pids[rank], number) for rank in ranks or self.pids), self.text)
+
     def codes(self, timeout: float = WAIT) -> list[int]:
         """The exit codes of the watchers by rank, minus the signal of one that was killed."""
         deadline = time.monotonic() + timeout
@@ -99,6 +104,14 @@ class Job:
         for pid in self.pids.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+
+
+def _pending(pid: int, number: int) -> bool:
+    """Whether a signal that was sent to a process (not to a thread of it) waits to be taken; a process that is gone has none."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return "Z" not in fields["State"] and bool(int(fields["ShdPnd"], 16) >> (number - 1) & 1)
+    return False
 
 
 def until(true: Any, otherwise: Any = lambda: "", timeout: float = WAIT) -> None:
