@@ -120,6 +120,7 @@ class CutSequence:
         )
         return y
 
+    @opaque
     def look_back(
         self,
         operator: Callable[..., tuple[Any, ...]],

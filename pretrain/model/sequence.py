@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels import attention, cca, delta_rule, gated_linear_attention, selective_scan, short_convolution
-from kernels.common.opaque import opaque
 from kernels.cca import cca_step
+from kernels.common.opaque import opaque
 from kernels.delta_rule import delta_rule_step
 from kernels.gated_linear_attention import gated_linear_attention_step
 from kernels.short_conv import short_convolution_step
@@ -134,6 +134,7 @@ class SequenceContext:
             cache["memory"] = state
         return o
 
+    @opaque
     def look_back(
         self,
         operator: Callable[..., tuple[Any, ...]],
