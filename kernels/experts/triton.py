@@ -129,7 +129,7 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor, activation: str, keep: bool
     ) -> Tensor:
-        E, F, D = down.shape
+        _, F, D = down.shape
         width = gate_up.shape[2]
         P = indices.numel()
         ctx.shapes = (gate_up.shape, gate_up.dtype, down.dtype)
@@ -160,7 +160,7 @@ class _Experts(torch.autograd.Function):
             return zeros[0], zeros[1], zeros[2], None, zeros[3], None, None
         x, gate_up, down, scores, hidden = ctx.saved_tensors
         launch, where = ctx.launch, ctx.where
-        E, F, D = down.shape
+        _, F, D = down.shape
         P, width = hidden.shape
         dy = dy.contiguous()
         grid, use = launch.tiled("experts_hidden_gradient", where, F)
