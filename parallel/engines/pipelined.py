@@ -36,9 +36,9 @@ class PipelinedEngine(TorchEngine):
         # After sharding, which replaces parameters and wraps forwards.
         self.runner = PipelineRunner(self.stages, plan, mesh)
 
-    def shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
+    def shard(self, blocks: list[nn.Module], config: TorchConfig) -> None:
         for stage, own in zip(self.stages, self.blocks, strict=True):
-            shard(stage, own, self.mesh, reshard_after_forward, self.bucket_bytes)
+            shard(stage, own, self.mesh, config)
 
     def copies(self) -> dict[str, int]:
         stages: list[Any] = self.stages

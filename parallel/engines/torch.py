@@ -4,8 +4,9 @@ in groups that are replicas of each other (HSDP), or replicas alone (plain data 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ class TorchConfig(Strict):
     reshard_after_forward: bool = True
     """Free each block's gathered parameters after its forward pass and gather them again for the backward pass: less memory,
     half as much communication again."""
+    prefetch: int = Field(1, ge=1)
+    """How many blocks (or units of them, see bucket_bytes) are gathered ahead of the one at work, forward and backward. More
+    hide slower links behind faster blocks; each takes the memory of its gathered parameters."""
     reduce_each_micro_batch: bool = False
     """Reduce gradients after every micro-batch: only shards are kept between micro-batches, for more communication."""
     bucket_bytes: int | None = Field(None, ge=1)
@@ -66,14 +70,14 @@ class TorchEngine(Engine):
         self.cut = partial(cut_batch, mesh=mesh)
         self.sharded = mesh.size("shard_cp") > 1
         if self.sharded:
-            self.shard(blocks, config.reshard_after_forward)
+            self.shard(blocks, config)
         self.optimizer: Optimizer = optimizer(model)
         self.rule = GradientRule(model, mesh, self.copies(), bucket=self.bucket_bytes or BUCKET)
         self.seen: Evidence | None = None
 
-    def shard(self, blocks: list[nn.Module], reshard_after_forward: bool) -> None:
+    def shard(self, blocks: list[nn.Module], config: TorchConfig) -> None:
         """Shards the model over its data-parallel ranks."""
-        shard(self.model, blocks, self.mesh, reshard_after_forward, self.bucket_bytes)
+        shard(self.model, blocks, self.mesh, config)
 
     def copies(self) -> dict[str, int]:
         """How many pipeline stages hold a parameter, by name, where more than one does."""
@@ -131,9 +135,7 @@ class TorchEngine(Engine):
         load_optimizer_tensors(self.model, self.optimizer, tensors)
 
 
-def shard(
-    root: nn.Module, blocks: list[nn.Module], mesh: Mesh, reshard_after_forward: bool, bucket_bytes: int | None = None
-) -> None:
+def shard(root: nn.Module, blocks: list[nn.Module], mesh: Mesh, config: TorchConfig) -> None:
     """FSDP2 for a module and, gathered and freed one at a time, its blocks, or units of them (see units.py)."""
     axes = [axis for axis in ("replicate", "shard_cp") if mesh.size(axis) > 1]
     # Experts that are spread over ranks belong to fewer ranks than these: they stay as they are, and the gradient rule adds
@@ -146,10 +148,26 @@ def shard(
         "ignored_params": apart,
         "shard_placement_fn": lambda parameter: placement(parameter, ranks),
     }
-    for unit in units(root, blocks, bucket_bytes, apart):
-        fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard_after_forward, **options)
+    joined = units(root, blocks, config.bucket_bytes, apart)
+    for unit in joined:
+        fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(root, reshard_after_forward=False, **options)  # the root is needed again at once
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # gradients are sums over ranks, not means
             module.set_force_sum_reduction_for_comms(True)  # and no scaling inside the collective, which gloo has not
+    prefetch(root, [unit[0] for unit in joined], config.prefetch)
+
+
+def prefetch(root: nn.Module, order: Sequence[nn.Module], depth: int) -> None:
+    """Lets every unit, when its own parameters are there, gather those of the `depth` units that come next, in both passes.
+
+    order: the first module of each unit, which stands for it, in the order of the forward pass, all of them called in every pass.
+    """
+    firsts = cast(Sequence[FSDPModule], order)
+    for i, unit in enumerate(firsts):
+        unit.set_modules_to_forward_prefetch(list(firsts[i + 1 : i + 1 + depth]))
+        unit.set_modules_to_backward_prefetch(list(firsts[max(0, i - depth) : i][::-1]))
+    assert isinstance(root, FSDPModule)
+    root.set_modules_to_forward_prefetch(list(firsts[:depth]))
+    root.set_modules_to_backward_prefetch(list(firsts[::-1][:depth]))

@@ -39,7 +39,7 @@ class Experts(nn.Module):
 
 def held(rank: int, world: int) -> tuple[int, int, bool]:
     """Elements of this rank's shard, the dim that was cut, and whether all parameters are whole again when gathered."""
-    from parallel.engines.torch import shard
+    from parallel.engines.torch import TorchConfig, shard
     from parallel.grid import MeshConfig
     from parallel.mesh import Mesh
 
@@ -47,7 +47,7 @@ def held(rank: int, world: int) -> tuple[int, int, bool]:
     model = nn.Sequential(Experts())
     whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     processes = join("cpu")
-    shard(model, list(model), Mesh(MeshConfig(), processes), True)
+    shard(model, list(model), Mesh(MeshConfig(), processes), TorchConfig())
     parameters = dict(model.named_parameters())
     local = parameters["0.first"].to_local()
     same = all(torch.equal(parameter.full_tensor(), whole[name]) for name, parameter in parameters.items())
