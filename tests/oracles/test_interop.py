@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from launch.step_bench import torch_forms
+from launch.step_bench.models import torch_forms
 from parallel.state import model_tensors
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.interop import FORMATS

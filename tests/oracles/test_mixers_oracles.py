@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launch.step_bench import torch_forms
+from launch.step_bench.models import torch_forms
 from pretrain.model.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from pretrain.model.mixers.kimi_delta_attention import KimiDeltaAttention, KimiDeltaAttentionConfig
 from pretrain.model.mixers.mamba import Mamba, MambaConfig

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from launch import step_bench
+from launch.step_bench import __main__ as step_bench
+from launch.step_bench.models import Task, ours, theirs
+from launch.step_bench.worker import Worker
 
 pytest.importorskip("transformers")
 
@@ -58,27 +59,36 @@ def test_all_three(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "Qwen3-Next" in table and "2 x 40 tokens on cpu" in table
 
 
-def test_a_step_trains_both_alike(small: None) -> None:
-    ours, theirs = step_bench.pair("llama", "cpu", 40)
-    ids = torch.randint(0, 61, (2, 41), generator=torch.Generator().manual_seed(3))
-    step, _ = step_bench.steps(ours, theirs, ids, "fp32")
-    losses = {who: [step[who]() for _ in range(4)] for who in step}
+def test_a_step_trains_both_alike(small: None, tmp_path: Path) -> None:
+    kind, layers = step_bench.MODELS["llama"]
+    task = Task(kind, {**SMALL, **layers}, "fp32", 2, 40, "cpu", tmp_path)
+    sides = {"theirs": theirs(task), "ours": ours(task)}
+    losses = {who: [side.step() for _ in range(4)] for who, side in sides.items()}
     # Both decay all matrices but the (tied) embedding, which theirs decays, too: by 3e-5 of itself a step.
     assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-4)
     assert losses["ours"][3] < losses["ours"][0]
 
 
-def test_other_weights_are_noticed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = step_bench.pair
+class Side:
+    """Stands in for a process with a model."""
 
-    def off(*arguments: Any) -> Any:
-        ours, theirs = made(*arguments)
-        with torch.no_grad():
-            next(ours.parameters()).mul_(1.5)
-        return ours, theirs
+    def __init__(self, loss: float, seconds: float = 1.0):
+        self.answers = {"loss": loss, "step": seconds, "memory": 7, "parameters": 5}
 
-    monkeypatch.setattr(step_bench, "pair", off)
-    with pytest.raises(SystemExit, match=r"differ by .* in their loss"):
-        step_bench.main(
-            ["--models", "llama", "--length", "20", "--rounds", "1", "--precision", "fp32", "--device", "cpu"]
-        )
+    def ask(self, what: str) -> Any:
+        return self.answers[what]
+
+
+def test_other_weights_are_noticed() -> None:
+    with pytest.raises(SystemExit, match=r"llama: the two models differ by 1.0e-02 in their loss"):
+        step_bench.measure({"ours": Side(4.04), "theirs": Side(4.0)}, "llama", 1)  # type: ignore[dict-item]
+
+
+def test_the_ratio_is_how_many_times_longer_the_peer_takes() -> None:
+    found = step_bench.measure({"ours": Side(4.0, 2.0), "theirs": Side(4.0, 6.0)}, "llama", 3)  # type: ignore[dict-item]
+    assert found["ratio"] == 3.0 and found["seconds"] == {"ours": [2.0] * 3, "theirs": [6.0] * 3}
+
+
+def test_a_side_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)ours: Traceback.*theirs"):  # nobody has left weights there
+        Worker("ours", Task("llama", SMALL, "fp32", 1, 8, "cpu", tmp_path), 1, False)

@@ -1,0 +1,121 @@
+"""The command: `python -m launch.step_bench`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.step_bench.models import COMMON, MODELS, PEERS, Task
+from launch.step_bench.worker import Worker
+
+EXAMPLES = """three models of 30 million active parameters: llama, gdn (Qwen3-Next's hybrid), moe (Qwen3-MoE).
+
+examples:
+  python -m launch.step_bench                          three models, fp32 and bf16
+  python -m launch.step_bench --models gdn --precision bf16 --batch 1 --length 4096 --threads 1
+  python -m launch.step_bench --same-memory            transformers, too, keeps the memory that it frees"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.step_bench",
+        description="Time whole training steps beside transformers' (pip install transformers==5.23.0).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--batch", type=int, default=2, metavar="B", help="sequences (default 2)")
+    parser.add_argument("--length", type=int, default=1024, metavar="T", help="tokens each (default 1024)")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each, in turn; medians count (default 7)")
+    parser.add_argument("--threads", type=int, default=None, help="of torch (default: as many as torch takes)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--same-memory",
+        action="store_true",
+        help="both processes keep the memory that they free; else only ours does (as cpu.keep_memory in our runs)",
+    )
+    parser.add_argument("--json", type=Path, help="also write all numbers there")
+    return parser.parse_args(argv)
+
+
+def compare(name: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, bytes and losses of both for one model, and the median of the rounds' ratios."""
+    kind, layers = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = (arguments.batch, arguments.length, arguments.device, Path(folder))
+        task = Task(kind, {**COMMON, **layers}, precision, *sizes)
+        sides: dict[str, Worker] = {}
+        try:
+            # Theirs first: it makes the weights. Like our runs', our memory stays with the process (pretrain/host.py).
+            for who, keep in (("theirs", arguments.same_memory), ("ours", True)):
+                sides[who] = Worker(who, task, arguments.threads, keep and arguments.device == "cpu")
+            return {"model": name, "peer": PEERS[name], "precision": precision} | measure(sides, name, arguments.rounds)
+        finally:
+            for side in sides.values():
+                side.close()
+
+
+def measure(sides: dict[str, Worker], name: str, rounds: int) -> dict[str, Any]:
+    losses = {who: side.ask("loss") for who, side in sides.items()}
+    apart = abs(losses["ours"] / losses["theirs"] - 1)
+    if apart > 1e-4:
+        raise SystemExit(f"error: {name}: the two models differ by {apart:.1e} in their loss: nothing to compare")
+    for side in sides.values():
+        side.ask("step")  # optimizer state, compiled code
+    memory = {who: side.ask("memory") for who, side in sides.items()}
+    seconds: dict[str, list[float]] = {who: [] for who in sides}
+    for turn in range(rounds + 1):
+        for who in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
+            taken = sides[who].ask("step")
+            if turn:
+                seconds[who].append(taken)
+    ratio = statistics.median(a / b for a, b in zip(seconds["theirs"], seconds["ours"]))
+    return {
+        "ratio": ratio, "seconds": seconds, "memory": memory, "loss_difference": apart,
+        "parameters": sides["ours"].ask("parameters"),
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    if importlib.util.find_spec("transformers") is None:
+        print("error: transformers is not installed: pip install transformers==5.23.0", file=sys.stderr)
+        return 2
+    import transformers
+
+    print(
+        f"{arguments.batch} x {arguments.length} tokens on {arguments.device}, "
+        f"{arguments.threads or torch.get_num_threads()} thread(s), torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, load {os.getloadavg()[0]:.1f}; medians of {arguments.rounds} steps each; memory above "
+        "weights and optimizer state"
+    )
+    print(f"{'model':7}{'precision':11}{'ours ms':>10}{'peer ms':>10}{'times':>8}{'ours MB':>10}{'peer MB':>10}  peer")
+    rows = []
+    for name in arguments.models:
+        for precision in arguments.precision:
+            row = compare(name, precision, arguments)
+            rows.append(row)
+            times = {who: 1e3 * statistics.median(taken) for who, taken in row["seconds"].items()}
+            megabytes = {who: float("nan") if size is None else size / 1e6 for who, size in row["memory"].items()}
+            print(
+                f"{name:7}{precision:11}{times['ours']:10.1f}{times['theirs']:10.1f}{row['ratio']:8.2f}"
+                f"{megabytes['ours']:10.0f}{megabytes['theirs']:10.0f}  {row['peer']}",
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

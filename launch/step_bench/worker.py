@@ -1,0 +1,88 @@
+"""One side of the bench in a process of its own, with the C library's memory as each finds it in real use.
+
+A process keeps the memory that it frees, or gives it back to the system, as a whole: two models in one process would share what
+`cpu.keep_memory` does for our runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from launch.step_bench.models import Task, ours, theirs
+
+MAKERS = {"ours": ours, "theirs": theirs}
+
+
+class Worker:
+    """A process with a model in training. `ask` for "loss" (float), "step" (seconds), "memory" (bytes or None), "parameters"."""
+
+    def __init__(self, who: str, task: Task, threads: int | None, keep_memory: bool):
+        self.who = who
+        self.connection, other = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=_serve, args=(other, who, task, threads, keep_memory), daemon=True)
+        self.process.start()
+        other.close()
+        self._answer()
+
+    def ask(self, what: str) -> Any:
+        self.connection.send(what)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            good, answer = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"the process of {self.who} ended with exit code {self.process.exitcode}") from None
+        if not good:
+            raise RuntimeError(f"{self.who}: {answer}")
+        return answer
+
+    def close(self) -> None:
+        self.connection.close()  # the process ends with that
+        self.process.join()
+
+
+def _serve(connection: Connection, who: str, task: Task, threads: int | None, keep_memory: bool) -> None:
+    try:
+        import torch
+
+        from kernels.benching.memory import peak_bytes
+        from pretrain import host
+
+        if threads:
+            torch.set_num_threads(threads)
+        if keep_memory:
+            host.keep_memory(os.environ)
+        side = MAKERS[who](task)
+
+        def loss() -> float:
+            with torch.no_grad():
+                return side.loss().item()
+
+        def step() -> float:
+            gc.collect()
+            start = time.perf_counter()
+            side.step()
+            return time.perf_counter() - start
+
+        answers = {
+            "loss": loss,
+            "step": step,
+            "memory": lambda: peak_bytes(side.step, torch.device(task.device)),
+            "parameters": lambda: sum(parameter.numel() for parameter in side.model.parameters()),
+        }
+        connection.send((True, None))
+        while True:
+            connection.send((True, answers[connection.recv()]()))
+    except EOFError:
+        return  # nobody asks any more
+    except Exception:
+        connection.send((False, traceback.format_exc()))
