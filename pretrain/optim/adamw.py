@@ -19,8 +19,8 @@ NEVER_DECAYED = ("embedding.weight", ".conv", ".depthwise", ".grouped", ".A_log"
 class AdamWConfig(MomentsConfig):
     kind: Literal["adamw"] = "adamw"
     fused: bool | None = None
-    """All of the update in one pass over memory, by torch's fused kernel. null: on accelerators only. The results differ from the
-    other form's in the last bits."""
+    """All of the update in one pass over memory, by torch's fused kernel, instead of ten. null: where torch has one for the device.
+    The results differ from the other form's in the last bits."""
 
     def check(self, engine: str) -> None:
         """Works under every engine."""
@@ -37,7 +37,7 @@ class AdamWConfig(MomentsConfig):
             for alike in by_type(parameters)
         ]
         device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-        fused = device == "cuda" if self.fused is None else self.fused
+        fused = device in ("cpu", "cuda") if self.fused is None else self.fused
         # foreach: a kernel launch for many tensors at a time.
         return torch.optim.AdamW(
             groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=not fused, fused=fused
