@@ -49,12 +49,18 @@ def _packed(
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
 ) -> Tensor:
-    """A call for the sequences of each length.
+    """A call for the sequences of each length; where all have one, as rows of a batch do, nothing is copied.
 
     Measured on a CPU for a row of 4096 tokens: padding sequences to common lengths costs 7 to 9 times more at worst than a
     call a sequence, a mask over the whole row 8 times more.
     """
     lengths, lengths_k = ([b - a for a, b in pairwise(x.tolist())] for x in (cu_seqlens, cu_seqlens_k))
+    if len(set(zip(lengths, lengths_k))) == 1:
+        row_q, row_k, row_v = (
+            x.squeeze(0).unflatten(0, (len(each), each[0]))
+            for x, each in ((q, lengths), (k, lengths_k), (v, lengths_k))
+        )
+        return _rows(row_q, row_k, row_v, scale, causal, window).flatten(0, 1).unsqueeze(0)
     # split has one backward for all pieces (a concatenation); slices would each write a gradient of the whole row.
     qs, ks, vs = q.split(lengths, 1), k.split(lengths_k, 1), v.split(lengths_k, 1)
     groups: dict[tuple[int, int], list[int]] = {}

@@ -61,9 +61,10 @@ def test_fast_form_is_the_definition(dtype, tolerance, options, keys, V, monkeyp
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_packed_fast_form_is_the_definition(dtype, tolerance, options, monkeypatch):
+@pytest.mark.parametrize("lengths", [(3, 0, 5, 5, 7), (5, 5, 5, 5), (20,)], ids=str)
+def test_packed_fast_form_is_the_definition(dtype, tolerance, options, lengths, monkeypatch):
     tensors = operands(20, B=1, dtype=dtype)
-    options = {**options, "cu_seqlens": offsets(3, 0, 5, 5, 7)}
+    options = {**options, "cu_seqlens": offsets(*lengths)}
     ours = run_as("chunked", monkeypatch, tensors, **options)
     assert_same(ours, run_as("reference", monkeypatch, tensors, **options), tolerance)
 
@@ -92,6 +93,16 @@ def test_packed_row_is_its_sequences_one_by_one(options):
         alone = [o.detach(), *torch.autograd.grad(o, leaves, upstream[:, part])]
         assert_same([x[:, part] for x in packed], alone, 1e-12)
         start += length
+
+
+def test_equal_sequences_are_not_copied():
+    """A batch of whole rows, the usual case, is read where it lies: also the slices of a fused projection."""
+    fused, borders = draw(1, 12, 8, 8).requires_grad_(), offsets(4, 4, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attention(fused[:, :, :4], fused[:, :, 4:6], fused[:, :, 6:], cu_seqlens=borders)
+    called = {event.name for event in profile.events()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in called
+    assert not called & {"aten::cat", "aten::copy_", "aten::clone"}
 
 
 def test_packed_sequences_with_caches():
