@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.benching import dense, pointwise
+from kernels.benching import compressed, dense, pointwise
 from kernels.benching.workloads import Inputs, Shape, Workload
 from kernels.dispatch import VARIABLE, Request, explain
 from kernels.offline.choice import requested
@@ -267,4 +267,5 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "sliding_attention": (_torch("sdpa, masked", dense.sdpa), _torch("softmax(q k) v", dense.written_out)),
     "experts": (_torch("a loop over experts", dense.expert_loop), _torch("grouped_mm", dense.grouped)),
     "linear_cross_entropy": (_torch("all logits", dense.all_logits),),
+    "cca": (_torch("conv1d, conv1d, norms", compressed.convolutions),),
 }

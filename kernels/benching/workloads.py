@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.benching import dense, pointwise
+from kernels.benching import compressed, dense, pointwise
 from kernels.benching.shapes import Inputs, Shape, Workload, finish, generator_of, leaves, normal
 
 __all__ = ["CPU_SHAPES", "GPU_SHAPES", "WORKLOADS", "Inputs", "Shape", "Workload", "chosen", "leaves"]
@@ -154,6 +154,7 @@ WORKLOADS: dict[str, Workload] = {
         Workload("gated_rms_norm", "norm", _rows(gated=True, heads=True), _call_gated_norm),
         *pointwise.WORKLOADS,
         *dense.WORKLOADS,
+        *compressed.WORKLOADS,
     )
 }
 
