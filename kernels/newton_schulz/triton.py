@@ -28,8 +28,13 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 @triton.jit
 def corner(p):
     """(i, j), j <= i, of tile p in the order of a lower triangle's rows: p = i (i + 1) / 2 + j. int32, p below 2^29."""
-    i = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The root is rounded, and on some devices approximate: from either side of a row's first tile it may end on the other.
+    # Roots are rounded, and approximate on some devices: at either end of a row the guess may be one row off.
+    return settle(p, ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32))
+
+
+@triton.jit
+def settle(p, i):
+    """As corner, from a guess of i that is at most one off."""
     i = tl.where(i * (i + 1) // 2 > p, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
     return i, p - i * (i + 1) // 2

@@ -113,7 +113,8 @@ class _Rational(torch.autograd.Function):
             h, (inner, divisor, to_above, to_below, slope) = of.of(rows[block])
             _polynomial(h, negative, inner).mul_(h)  # minus the polynomial in the denominator
             torch.abs(inner, out=divisor).add_(1.0)
-            torch.div(to_above.copy_(of.split(dys[block])), divisor, out=to_above)
+            d = of.split(dys[block])
+            torch.div(d if of.same else to_above.copy_(d), divisor, out=to_above)
             # dy / Q, and what one unit more of the denominator's polynomial does: -dy P / Q^2, with the sign of |.|: minus
             # where `inner` is not positive. torch.where took longer than all the rest together.
             _polynomial(h, above, slope).div_(divisor).mul_(to_above)
