@@ -261,7 +261,9 @@ class Experts:
             scratch = (held * F * item + E * cast, held * 3 * F * item + E * cast)
         else:  # kept are the projections, and who is where; one expert at a time passes through the other buffers
             extra = held * 2 * F * item + 8 * (2 * held + choices)
-            share = min(held, 3 * held // (2 * E)) * item  # loads are not even: the largest is taken for half as much again
+            share = (
+                min(held, 3 * held // (2 * E)) * item
+            )  # loads are not even: the largest is taken for half as much again
             scratch = (share * (D + F) + cast, share * (D + 4 * F) + cast)
         y: Tensor = _Experts.apply(tokens, gate_up, down, scores, extra, held, scratch)
         return y
