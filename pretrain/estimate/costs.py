@@ -55,7 +55,8 @@ class _Costs:
     """parameters: elements held between steps. weights, gradients, optimizer: bytes of state. activations: bytes that forward
     passes keep for backward passes, at the moment when most are kept. buffers: what else is there at the peak (gathered
     parameters, communication buffers, logits, gradients in flight). peak: the sum of these. flops: useful ones, forward and
-    backward; recomputed: those of activation checkpointing on top.
+    backward; on top of them recomputed: those of activation checkpointing; remade: of fused backward passes; update: of the
+    optimizer's products (flops.py).
     """
 
     parameters: int
@@ -67,8 +68,15 @@ class _Costs:
     peak: float
     flops: float
     recomputed: float
+    remade: float
+    update: float
     matmuls: tuple[Matmul, ...]
     collectives: tuple[Collective, ...]
+
+    @property
+    def hardware_flops(self) -> float:
+        """All that a device computes in a step."""
+        return self.flops + self.recomputed + self.remade + self.update
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from parallel.gradients import BUCKET
 from parallel.grid import Grid
 from pretrain.config import RunConfig
 from pretrain.estimate.parameters import BYTES, Weighed, buckets
+from pretrain.estimate.update import Updated, scratch
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class State:
     growing: bool
 
 
-def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches: int) -> State:
-    """What a rank holds between steps, and what it gathers within them."""
+def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches: int, gpu: bool) -> State:
+    """What a rank holds between steps, and what it gathers within them. gpu: or a CPU."""
     if isinstance(config.engine, DeepSpeedConfig):
         return _deepspeed_state(config.engine, grid, groups, micro_batches)
     ranks = grid.size("shard_cp")
@@ -61,7 +62,10 @@ def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches:
     sharded = sum(group.weighed.padded // ranks * group.count for group in groups)
     held = sum(group.weighed.shard * group.count for group in groups)
     spread = sum(group.weighed.spread * group.count for group in groups)
-    scratch = [sum(group.weighed.updated[i] * group.count for group in groups) for i in (0, 1)]
+    decayed, others = (sum(group.weighed.updated[i] * group.count for group in groups) for i in (0, 1))
+    orthogonalised = sum(group.weighed.orthogonalised * group.count for group in groups)
+    largest = max((group.weighed.largest for group in groups), default=0)
+    updated = Updated(decayed, others, orthogonalised, largest)
     gathered = sum(group.weighed.padded for group in groups if group.root) if ranks > 1 else 0
     unit = max((group.weighed.padded for group in groups if not group.root), default=0) if ranks > 1 else 0
     accumulates = micro_batches > 1 and not config.engine.reduce_each_micro_batch and ranks > 1
@@ -70,10 +74,10 @@ def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches:
         elements=held + spread,
         weights=weights,
         gradients=BYTES * (whole + spread) if accumulates else weights,
-        optimizer=2.0 * BYTES * (held + spread),
+        optimizer=BYTES * sum(group.weighed.moments * group.count for group in groups),
         gathered=BYTES * gathered,
         unit=BYTES * unit,
-        scratch=BYTES * max(scratch),  # the optimizer's square roots, a whole group at a time
+        scratch=scratch(config.optimizer, updated, gpu),
         growing=micro_batches == 1,
     )
 

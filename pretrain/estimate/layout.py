@@ -5,7 +5,6 @@ from __future__ import annotations
 from parallel.grid import Grid
 from pretrain.config import RunConfig
 from pretrain.estimate.costs import Collective, Matmul, RankCosts, StageCosts
-from pretrain.estimate.flops import mean_context
 from pretrain.estimate.model import ModelCosts, Way
 from pretrain.estimate.parameters import Cutting
 from pretrain.estimate.pipeline import bubble, in_flight
@@ -23,6 +22,7 @@ def rank_costs(model: ModelCosts, config: RunConfig, grid: Grid, ranks_per_node:
     kind of layer once.
     """
     length = config.data.sequence_length
+    assert config.optimizer == model.optimizer, "parameters know what their optimizer keeps"
     setting = Setting(
         model=model,
         config=config,
@@ -32,7 +32,6 @@ def rank_costs(model: ModelCosts, config: RunConfig, grid: Grid, ranks_per_node:
         ),
         tokens=config.train.micro_batch * length // grid.cp,
         micro_batches=config.train.batch // (grid.dp * config.train.micro_batch),
-        context=mean_context([length]),
         ranks_per_node=ranks_per_node,
     )
     stages = _stages(setting)
@@ -48,6 +47,8 @@ def rank_costs(model: ModelCosts, config: RunConfig, grid: Grid, ranks_per_node:
         peak=worst.peak,
         flops=busiest.flops,
         recomputed=busiest.recomputed,
+        remade=busiest.remade,
+        update=max(stage.update for stage in stages),
         matmuls=busiest.matmuls,
         collectives=busiest.collectives,
         bubble=bubble(config.mesh, setting.micro_batches) if grid.pp > 1 else 0.0,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 from parallel.grid import Grid
 from pretrain.config import ConfigError, RunConfig
+from pretrain.estimate.flops import Forward, per_token
 from pretrain.estimate.parameters import Cutting, Parameter, Part, Weighed, of_module, weigh
 from pretrain.estimate.stand_in import Product
 from pretrain.estimate.trace import Traced, Way, trace
+from pretrain.estimate.update import matrices
 from pretrain.model.block import Block
 from pretrain.model.decoder import Decoder
 from pretrain.model.files import empty
@@ -43,13 +47,13 @@ class Kind:
     _traces: dict[tuple[int, Way], Traced] = field(default_factory=dict, repr=False)
     _parts: dict[Cutting, tuple[Part, ...]] = field(default_factory=dict, repr=False)
     _weighed: dict[tuple[Cutting, int, int], Weighed] = field(default_factory=dict, repr=False)
-    _flops: dict[float, float] = field(default_factory=dict, repr=False)
+    _flops: dict[int, Forward] = field(default_factory=dict, repr=False)
 
-    def flops(self, context: float) -> float:
-        """Forward FLOPs for one token that sees `context` keys on average."""
-        if context not in self._flops:
-            self._flops[context] = sum(part.flops_per_token(context) for part in self.block.sublayers())
-        return self._flops[context]
+    def forward(self, length: int) -> Forward:
+        """FLOPs of its forward pass for one token of a document of so many, on average."""
+        if length not in self._flops:
+            self._flops[length] = Forward.sum(per_token(part, length) for part in self.block.sublayers())
+        return self._flops[length]
 
     def traced(self, width: int, length: int, way: Way) -> Traced:
         """What a layer keeps, needs, sends and multiplies; tens of milliseconds at the first call with these arguments."""
@@ -73,9 +77,11 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class ModelCosts:
-    """layers: the kind of each layer, in order. extra: the multi-token layer. ends: parameters around the layers."""
+    """optimizer: its configuration. layers: the kind of each layer, in order. extra: the multi-token layer. ends: parameters
+    around the layers."""
 
     model: Decoder = field(repr=False)
+    optimizer: Any
     layers: tuple[Kind, ...]
     extra: Kind | None
     ends: tuple[Parameter, ...] = field(repr=False)
@@ -88,19 +94,26 @@ class ModelCosts:
             model = empty(config.model)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        try:
+            found = matrices(config.optimizer, model)
+        except ValueError as error:
+            raise ConfigError(f"optimizer.adamw: {error}") from None
+        of = partial(of_module, optimizer=config.optimizer, matrices=found)
         kinds: dict[object, Kind] = {}
         state, layers = 0, []
-        for name, block in zip(config.model.pattern(), model.layers(), strict=True):
-            layers.append(_kind(str(name), block, state, kinds))
+        for number, (name, block) in enumerate(zip(config.model.pattern(), model.layers(), strict=True)):
+            layers.append(_kind(str(name), block, of(block, prefix=f"blocks.{number}"), state, kinds))
             state = layers[-1].state_out
         extra = None
         if model.multi_token is not None:
-            extra = _kind(f"multi-token: {config.model.extra_layer()}", model.multi_token.block, state, kinds)
+            block = model.multi_token.block
+            parameters = of(block, prefix="multi_token.block")
+            extra = _kind(f"multi-token: {config.model.extra_layer()}", block, parameters, state, kinds)
         inside = {id(p) for block in model.layers() for p in block.parameters()}
         inside |= {id(p) for p in model.multi_token.block.parameters()} if model.multi_token is not None else set()
         names = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
-        ends = tuple(p for p in of_module(model, splits=model.splits()) if p.name in names)
-        return cls(model, tuple(layers), extra, ends)
+        ends = tuple(p for p in of(model, splits=model.splits()) if p.name in names)
+        return cls(model, config.optimizer, tuple(layers), extra, ends)
 
     @cached_property
     def parameters(self) -> int:
@@ -117,6 +130,13 @@ class ModelCosts:
         head = 0 if self.model.head is None else self.model.head.weight.numel()
         return self.model.embedding.weight.numel() + head
 
+    def matrices(self, layers: Iterable[Kind], last: bool) -> Counter[tuple[int, int]]:
+        """Sizes of the matrices that the optimizer orthogonalises: of these layers, and of what comes after the last ones."""
+        every = [parameter for kind in layers for parameter in kind.parameters]
+        if last:
+            every += [*self.ends, *(self.extra.parameters if self.extra is not None else ())]
+        return Counter(size for parameter in every for size in parameter.matrices)
+
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
         """Each kind of layer once, in the order in which they come."""
@@ -130,17 +150,19 @@ class ModelCosts:
     def vocabulary(self) -> int:
         return self.model.embedding.num_embeddings
 
-    def flops_per_token(self, context: float) -> float:
-        """Forward FLOPs of the whole model for one token that sees `context` keys on average."""
-        return self.model.flops_per_token(context)
+    def forward(self, length: int) -> Forward:
+        """FLOPs of the whole model's forward pass for one token of a document of so many, on average."""
+        layers = [kind.forward(length).times(count) for kind, count in Counter(self.layers).items()]
+        return Forward.sum([*layers, self.after(length)])
 
-    def head_flops(self, context: float) -> float:
+    def after(self, length: int) -> Forward:
         """Of these, what comes after the last layer: the head, and the multi-token layer with its own pass through it."""
         head = 2.0 * self.vocabulary * self.width
         if self.extra is None:
-            return head
+            return Forward(head)
         assert self.model.multi_token is not None
-        return 2 * head + 2.0 * self.model.multi_token.join.weight.numel() + self.extra.flops(context)
+        join = 2.0 * self.model.multi_token.join.weight.numel()
+        return Forward.sum([self.extra.forward(length), Forward(2 * head + join)])
 
     def plan(self, config: RunConfig, grid: Grid) -> Plan:
         """Which layers form which pipeline stage, as a run cuts them (pretrain/train/layout.py)."""
@@ -152,16 +174,14 @@ class ModelCosts:
         counts = None if mesh.pp_layers is None else tuple(mesh.pp_layers)
         key = (grid.pp, mesh.pp_schedule, mesh.pp_virtual, counts, length)
         if key not in self._plans:
-            context = length / 2
-            costs, after = [kind.flops(context) for kind in self.layers], self.head_flops(context)
-            self._plans[key] = Plan.of(mesh.pp_schedule, grid.pp, costs, 0.0, after, mesh.pp_virtual, mesh.pp_layers)
+            costs, before, after = self.model.costs(length / 2)
+            self._plans[key] = Plan.of(mesh.pp_schedule, grid.pp, costs, before, after, mesh.pp_virtual, mesh.pp_layers)
         return self._plans[key]
 
 
-def _kind(label: str, block: Block, state: int, kinds: dict[object, Kind]) -> Kind:
-    """The kind of a block into which `state` channels of a router's state come."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-    key = (label, shapes, state)
+def _kind(label: str, block: Block, parameters: tuple[Parameter, ...], state: int, kinds: dict[object, Kind]) -> Kind:
+    """The kind of a block with these parameters into which `state` channels of a router's state come."""
+    key = (label, parameters, state)
     if key not in kinds:
         routes = int(getattr(block.ffn, "router_width", 0))
         out = routes or state
@@ -170,5 +190,5 @@ def _kind(label: str, block: Block, state: int, kinds: dict[object, Kind]) -> Ki
         active = sum(part.active_parameters() for part in block.sublayers())
         inside = {id(p) for part in block.sublayers() for p in part.parameters()}
         active += sum(p.numel() for p in block.parameters() if id(p) not in inside)
-        kinds[key] = Kind(label, block, of_module(block), active, state, out, routes, contextual, loads)
+        kinds[key] = Kind(label, block, parameters, active, state, out, routes, contextual, loads)
     return kinds[key]

@@ -14,10 +14,12 @@ from parallel.engines.placement import dim_to_cut
 from parallel.expert.apply import sparse_layers
 from parallel.grid import Grid
 from parallel.tensor import units
+from pretrain.estimate.update import moments
 from pretrain.model.split import Split
 from pretrain.optim.adamw import split_by_decay
+from pretrain.optim.matrices import Described
 
-BYTES = 4  # of a parameter, its gradient, and each of its two moments: all fp32
+BYTES = 4  # of a parameter, of its gradient, and of each element that an optimizer keeps for it: all fp32
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,16 @@ class Cutting:
 @dataclass(frozen=True)
 class Parameter:
     """name: in the whole model. unit: how the tensor-parallel unit that owns it is cut, over tp. expert: how its sparse layer's
-    experts are, over ep and over tp; None for no expert's. decays: which of the optimizer's groups it is in."""
+    experts are, over ep and over tp; None for no expert's. decays: which of the optimizer's groups it is in. moments: elements
+    that the optimizer keeps for each of its own. matrices: (rows, columns) of those that it orthogonalises."""
 
     name: str
     shape: tuple[int, ...]
     unit: Split | None
     expert: tuple[Split, ...] | None
     decays: bool
+    moments: int
+    matrices: tuple[tuple[int, int], ...]
 
     def cuts(self, cutting: Cutting) -> list[tuple[Split, int]]:
         """(split, into how many parts), as parallel/tensor.py and parallel/expert/apply.py do it."""
@@ -65,7 +70,8 @@ class Parameter:
                 if piece.copies > 1:
                     # All different blocks side by side, of which the rank has one (parallel/gradients.py).
                     copied += elements // shape[split.dim] * piece.length * (ranks // piece.copies)
-        return Part(elements, tuple(shape), bool(cuts), spread, copied, self.decays)
+        orthogonal = bool(self.matrices)
+        return Part(elements, tuple(shape), bool(cuts), spread, copied, self.decays, self.moments, orthogonal)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Part:
     spread: bool
     copied: int
     decays: bool
+    moments: int
+    orthogonalised: bool
 
     def padded(self, ranks: int) -> int:
         """Elements when FSDP2 has filled the dim that it cuts up to a multiple of `ranks`."""
@@ -94,8 +102,13 @@ class Part:
         return self.padded(ranks) // ranks
 
 
-def of_module(module: nn.Module, prefix: str = "", splits: dict[str, Split] | None = None) -> tuple[Parameter, ...]:
-    """Every parameter of a block, or of the parts of a model around its blocks, once. splits: those of the model itself."""
+def of_module(
+    module: nn.Module, optimizer: Any, matrices: Described, prefix: str = "", splits: dict[str, Split] | None = None
+) -> tuple[Parameter, ...]:
+    """Every parameter of a block, or of the parts of a model around its blocks, once.
+
+    matrices: of the whole model (update.py), in which the module's parameters have the prefix. splits: those of the model itself.
+    """
     unit_splits: dict[str, Split] = dict(splits or {})
     expert_splits: dict[str, tuple[Split, ...]] = {}
     for name, unit in units(module):
@@ -104,13 +117,16 @@ def of_module(module: nn.Module, prefix: str = "", splits: dict[str, Split] | No
         cuttable: dict[str, tuple[Split, ...]] = _expert_splits(layer)
         expert_splits |= {_join(name, own): each for own, each in cuttable.items()}
     decayed = {id(parameter) for parameter in split_by_decay(module)[0]}
+    own = {name: matrices.get(_join(prefix, name), ()) for name, _ in module.named_parameters()}
     return tuple(
         Parameter(
-            _join(prefix, name),
+            name,
             tuple(parameter.shape),
             unit_splits.get(name),
             expert_splits.get(name),
             id(parameter) in decayed,
+            moments(optimizer, bool(own[name])),
+            tuple((matrix.outputs, matrix.inputs) for matrix in own[name]),
         )
         for name, parameter in module.named_parameters()
     )
@@ -147,6 +163,7 @@ class Weighed:
     whole: those that are not spread over ep; padded: of these, filled up as FSDP2 does; shard: of these, a rank's. spread: those
     that are spread. updated: what a rank updates, (decayed, not decayed). flat: whole ones, (decayed, not decayed). partitioned:
     every parameter cut by ZeRO stage 3, filled up; small: of these, what it leaves whole, and small_exact without filling.
+    Of what a rank updates, moments: elements of the optimizer's state; orthogonalised: in matrices; largest: parameter.
     sums: of each parameter by itself, what is summed over data-parallel ranks; over_tp, over_edp: over tp and edp ranks.
     """
 
@@ -159,6 +176,9 @@ class Weighed:
     partitioned: int
     small: int
     small_exact: int
+    moments: int
+    orthogonalised: int
+    largest: int
     sums: tuple[int, ...]
     over_tp: tuple[float, ...]
     over_edp: tuple[int, ...]
@@ -168,8 +188,10 @@ def weigh(parts: Sequence[Part], ranks: int, keep_whole: int) -> Weighed:
     """keep_whole: ZeRO stage 3 leaves parameters with fewer elements whole."""
     own, spread = [part for part in parts if not part.spread], [part for part in parts if part.spread]
 
+    held = {id(part): part.elements if part.spread else part.shard(ranks) for part in parts}
+
     def updated(decays: bool) -> int:
-        return sum(p.elements if p.spread else p.shard(ranks) for p in parts if p.decays == decays)
+        return sum(held[id(part)] for part in parts if part.decays == decays)
 
     def cut(part: Part) -> int:
         return -(-part.elements // ranks) * ranks
@@ -184,6 +206,9 @@ def weigh(parts: Sequence[Part], ranks: int, keep_whole: int) -> Weighed:
         partitioned=sum(map(cut, parts)),
         small=sum(cut(part) for part in parts if part.elements < keep_whole),
         small_exact=sum(part.elements for part in parts if part.elements < keep_whole),
+        moments=sum(part.moments * held[id(part)] for part in parts),
+        orthogonalised=sum(held[id(part)] for part in parts if part.orthogonalised),
+        largest=max(held.values(), default=0),
         sums=tuple(part.elements for part in own),
         over_tp=tuple(
             part.copied / ranks if part.cut else float(part.shard(ranks)) for part in own if not part.cut or part.copied
@@ -200,6 +225,8 @@ def join(several: Iterable[Weighed]) -> Weighed:
         values = [getattr(item, each.name) for item in items]
         if each.name in ("updated", "flat"):
             added[each.name] = tuple(map(sum, zip(*values)))
+        elif each.name == "largest":
+            added[each.name] = max(values)
         else:
             added[each.name] = tuple(itertools.chain(*values)) if isinstance(values[0], tuple) else sum(values)
     return Weighed(**added)

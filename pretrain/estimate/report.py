@@ -10,7 +10,6 @@ from parallel.drawing import line
 from parallel.grid import Grid
 from pretrain.config import ConfigError, RunConfig
 from pretrain.data.opening import vocabulary_size
-from pretrain.estimate.flops import mean_context
 from pretrain.estimate.layout import Collective, RankCosts, rank_costs
 from pretrain.estimate.model import ModelCosts
 from pretrain.train.build import or_usage, with_vocabulary
@@ -61,7 +60,7 @@ def _inner(model: ModelCosts) -> int:
 def _job(config: RunConfig, model: ModelCosts, grid: Grid) -> Iterator[Row]:
     length = config.data.sequence_length
     tokens = config.train.batch * length
-    per_token = 3.0 * model.flops_per_token(mean_context([length]))
+    per_token = model.forward(length).training
     drawn = f": {line(grid)}" if grid.world > grid.dp else ""
     yield "ranks", f"{grid.world}, {config.engine.kind} engine{drawn}"
     yield "tokens a step", f"{human(tokens)} ({config.train.batch} sequences of {length})"

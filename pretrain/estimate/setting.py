@@ -28,7 +28,6 @@ class Setting:
     way: Way
     tokens: int
     micro_batches: int
-    context: float
     ranks_per_node: int
     _traced: dict[Kind, Traced] = field(default_factory=dict, repr=False)
     _measured: dict[Kind, Measured] = field(default_factory=dict, repr=False)

@@ -9,10 +9,13 @@ from typing import NamedTuple
 from pretrain.estimate import engines
 from pretrain.estimate.activations import Activations, activations
 from pretrain.estimate.costs import Collective, Matmul, StageCosts
+from pretrain.estimate.flops import Forward, Work
 from pretrain.estimate.messages import borders, collectives
 from pretrain.estimate.model import Kind
 from pretrain.estimate.parameters import BYTES, Weighed, join, weigh
 from pretrain.estimate.setting import Held, Setting, ends
+from pretrain.estimate.update import update_flops
+from pretrain.estimate.work import recomputed
 
 
 class Fixed(NamedTuple):
@@ -21,8 +24,7 @@ class Fixed(NamedTuple):
     state: engines.State
     each: list[Activations]
     growing: bool
-    flops: float
-    recomputed: float
+    work: Work
     matmuls: tuple[Matmul, ...]
     collectives: tuple[Collective, ...]
 
@@ -48,8 +50,10 @@ def costs(setting: Setting, stages: Sequence[Held], flight: Sequence[int]) -> St
         activations=moment,
         buffers=buffers,
         peak=steady + max(gradients + moment + buffers, state.gradients + state.scratch),
-        flops=fixed.flops,
-        recomputed=fixed.recomputed,
+        flops=fixed.work.useful,
+        recomputed=fixed.work.recomputed,
+        remade=fixed.work.remade,
+        update=fixed.work.update,
         matmuls=fixed.matmuls,
         collectives=fixed.collectives,
     )
@@ -64,19 +68,29 @@ def _fixed(setting: Setting, stages: Sequence[Held]) -> Fixed:
             groups.append(engines.Group("around the layers", weigh(before + after, *setting.sharers), 1, True))
         groups += _units(setting, held)
         order += [weigh(before, *setting.sharers), *map(setting.weighed, held.kinds), weigh(after, *setting.sharers)]
-    state = engines.state(setting.config, setting.grid, groups, setting.micro_batches)
+    state = engines.state(setting.config, setting.grid, groups, setting.micro_batches, setting.way.gpu)
     sharded = setting.grid.size("shard_cp") > 1 or setting.config.engine.kind == "deepspeed"
     growing = state.growing and not sharded
-    work = [flops(setting, held) for held in stages]
+    each = [work(setting, held) for held in stages]
     return Fixed(
         state,
         [activations(setting, held, float(BYTES) if growing else 0.0) for held in stages],
         growing,
-        sum(useful for useful, _ in work),
-        sum(again for _, again in work),
+        Work(
+            useful=sum(one.useful for one in each),
+            recomputed=sum(one.recomputed for one in each),
+            remade=sum(one.remade for one in each),
+            update=_update(setting, stages),
+        ),
         tuple(m for held in stages for m in matmuls(setting, held)),
         _merged(collectives(setting, stages, groups, order)),
     )
+
+
+def _update(setting: Setting, stages: Sequence[Held]) -> float:
+    """FLOPs of the optimizer's products, which the ranks of a pipeline stage share out."""
+    found = setting.model.matrices((kind for held in stages for kind in held.kinds), any(held.last for held in stages))
+    return update_flops(setting.model.optimizer, found, setting.grid.size("dp_cp_tp"), setting.way.gpu)
 
 
 def _units(setting: Setting, held: Held) -> list[engines.Group]:
@@ -117,23 +131,17 @@ def _merged(messages: Iterable[Collective]) -> tuple[Collective, ...]:
     return tuple(found.values())
 
 
-def flops(setting: Setting, held: Held) -> tuple[float, float]:
-    """(useful FLOPs of a rank's step in this stage, forward and backward; those of recomputation)."""
-    model, context = setting.model, setting.context
+def work(setting: Setting, held: Held) -> Work:
+    """FLOPs of a rank's step in this stage, but for the optimizer's. Every sequence is taken as one document."""
+    model, way, length = setting.model, setting.way, setting.length
     share = setting.tokens * setting.micro_batches / setting.grid.tp
-    forward = sum(kind.flops(context) * count for kind, count in held.counts.items())
+    each = [kind.forward(length).times(share * count) for kind, count in held.counts.items()]
+    total = Forward.sum([*each, model.after(length).times(share)] if held.last else each)
     again = 0.0
-    if setting.way.recompute != "none":
-        for kind, count in held.counts.items():
-            measured = setting.measured(kind)
-            other = (
-                kind.flops(context) * setting.tokens / setting.grid.tp - measured.products
-            )  # recurrences and attention
-            if setting.way.recompute == "selective" and not setting.way.gpu:  # there attention's result is kept, too
-                other -= (kind.flops(context) - kind.flops(0.0)) * setting.tokens / setting.grid.tp
-            again += (measured.again + max(0.0, other)) * setting.micro_batches * count
-    head = model.head_flops(context) if held.last else 0.0
-    return 3.0 * share * (forward + head), again
+    for kind, count in held.counts.items() if way.recompute != "none" else ():
+        measured, rows = setting.measured(kind), ((length, setting.tokens / length),)
+        again += count * recomputed(kind, rows, way, measured.products, measured.again) * setting.micro_batches
+    return Work(useful=total.training, recomputed=again, remade=total.remade)
 
 
 def matmuls(setting: Setting, held: Held) -> Iterator[Matmul]:

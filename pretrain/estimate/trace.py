@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 
 from parallel.recompute import Recompute, apply_recompute
+from pretrain.estimate.flops import per_token
 from pretrain.estimate.memory import Memory
 from pretrain.estimate.parameters import Cutting
 from pretrain.estimate.stand_in import Message, Notes, Product, TracedSequence, connect, cut, operators
@@ -179,7 +180,9 @@ class _Run:
         torch.autograd.backward(end)
         first, second = (notes.products[phase] for phase in ("forward", "backward"))
         # The backward pass of a product of autograd's has two of the same work; those of the experts' operator are not seen here.
-        again = sum(p.flops for p in second) - 2.0 * sum(p.flops for p in first if p.kept)
+        # So have not those with matrices that are not trained, of layers that no rank has a part of.
+        fixed = tokens // parts * sum(per_token(part, self.length).fixed for part in block.sublayers())
+        again = sum(p.flops for p in second) - 2.0 * sum(p.flops for p in first if p.kept) + fixed
         return Measured(
             inner=max(0, inner), weights=within - kept, stream=stream, state=state, own_stream=own_stream,
             own_state=own_state, forward=forward, backward=memory.peak, shared=sum(notes.shared.values()),

@@ -53,13 +53,12 @@ def main(argv: list[str] | None = None) -> int:
 def _describe(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from pretrain.estimate.flops import mean_context
     from pretrain.model import describe
 
     file, raw = _read(arguments.config, arguments.vocabulary)
     tokens = arguments.sequence or (raw.get("data") or {}).get("sequence_length") or 4096
     try:
-        description = describe.describe(file.model, mean_context([tokens]))
+        description = describe.describe(file.model, tokens)
     except ValueError as error:
         from pretrain.config import ConfigError
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from pretrain.estimate.flops import keys, model_per_token, per_token
 from pretrain.model.block import Block
 from pretrain.model.decoder import Decoder
 from pretrain.model.files import count, empty
@@ -63,8 +64,9 @@ class Description:
     context: float
 
 
-def describe(config: DecoderConfig, context: float) -> Description:
-    """Counts on an empty model; only one mixer of each definition is made for real, to measure its cache."""
+def describe(config: DecoderConfig, length: int) -> Description:
+    """Counts on an empty model, FLOPs for documents of `length` tokens; one mixer of each definition is made for real, to measure
+    its cache."""
     model = empty(config)
     caches = {name: cache_size(mixer, config.width) for name, mixer in config.mixers.items()}
     groups: dict[tuple[str, int], list[int]] = {}
@@ -76,24 +78,26 @@ def describe(config: DecoderConfig, context: float) -> Description:
     for (name, size), layers in groups.items():
         block, mixer = blocks[layers[0]], pattern[layers[0]].mixer
         active = size + sum(part.active_parameters() - _size(part) for part in block.sublayers())
-        flops = 3.0 * sum(part.flops_per_token(context) for part in block.sublayers())
+        flops = sum(per_token(part, length).training for part in block.sublayers())
         found.append(Group(layers, name, size, active, flops, caches[mixer] if mixer else CacheSize(0.0, 0.0)))
     total, active = count(model)
-    return Description(found, _rest(model, context), total, active, 3.0 * model.flops_per_token(context), context)
+    rest = _rest(model, length)
+    every = model_per_token(model, length).training
+    return Description(found, rest, total, active, every, keys(length))
 
 
-def _rest(model: Decoder, context: float) -> list[tuple[str, int, float]]:
+def _rest(model: Decoder, length: int) -> list[tuple[str, int, float]]:
     """(name, parameters, FLOPs) of what is outside the layers."""
     head = 6.0 * model.embedding.weight.numel()
     rows = [("embedding", model.embedding.weight.numel(), 0.0)]
     rows.append(("head", 0 if model.head is None else model.head.weight.numel(), head))
     if model.multi_token is not None:
-        parts = sum(part.flops_per_token(context) for part in model.multi_token.block.sublayers())
+        parts = sum(per_token(part, length).training for part in model.multi_token.block.sublayers())
         rows.append(
             (
                 "multi-token layer",
                 _size(model.multi_token),
-                head + 6.0 * model.multi_token.join.weight.numel() + 3.0 * parts,
+                head + 6.0 * model.multi_token.join.weight.numel() + parts,
             )
         )
     accounted = sum(size for _, size, _ in rows) + sum(_size(block) for block in model.blocks)

@@ -12,19 +12,20 @@ import torch
 from parallel import processes
 from parallel.processes import Processes
 from parallel.ranges import named
+from pretrain import host
 from pretrain.checkpoint.agreement import Agreement
 from pretrain.checkpoint.lease import Lease
 from pretrain.config import RunConfig
-from pretrain.data.batch import Batch
-from pretrain.estimate import flops, hardware
-from pretrain.exit import FINISHED, PREEMPTED
-from pretrain.model.decoder import Decoder
+from pretrain.estimate import hardware, utilization
+from pretrain.estimate.work import StepWork
+from pretrain.exit import ERROR, FINISHED, PREEMPTED
 from pretrain.model.files import count, empty
 from pretrain.profiling.record import profiler
 from pretrain.train import heartbeat, layout, stages
 from pretrain.train.balance import Balance
 from pretrain.train.build import Assembled, assemble, or_usage
 from pretrain.train.callback import Callback, Run
+from pretrain.train.faults.events import FILE as EVENTS
 from pretrain.train.faults.events import Events
 from pretrain.train.faults.guard import Guard
 from pretrain.train.faults.replica_check import ReplicaCheck
@@ -50,10 +51,11 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
         heartbeat.phase("rendezvous")
         job = or_usage(lambda: processes.join(config.train.device, config.train.timeout, group_for_one=alone))
         try:
+            notes = _settle(config, job)
             agreement = Agreement(timeout=job.timeout)
             heartbeat.joined(agreement)
             with Lease(config.run, agreement=agreement):
-                loop = Loop(assemble(config, job, agreement), [Arm(signals), *extra], lambda: signals.flag)
+                loop = Loop(assemble(config, job, agreement), [Arm(signals), *extra], lambda: signals.flag, notes)
                 try:
                     loop.begin()
                     while not loop.run.last:
@@ -68,11 +70,19 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
             processes.leave()
 
 
+def _settle(config: RunConfig, job: Processes) -> list[str]:
+    if job.device.type != "cpu":
+        return []
+    return host.settle(config.cpu, job.local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", job.world)))
+
+
 class Loop:
     """One job's steps. `begin`, then `once` for every step, then `end`; `close` whatever happened."""
 
-    def __init__(self, parts: Assembled, extra: Sequence[Callback], flag: Callable[[], bool]):
-        self.run, self.parts, self.flag = parts.run, parts, flag
+    def __init__(
+        self, parts: Assembled, extra: Sequence[Callback], flag: Callable[[], bool], notes: Sequence[str] = ()
+    ):
+        self.run, self.parts, self.flag, self.notes = parts.run, parts, flag, notes
         config = parts.run.config
         self.progress = Progress(config.log.every)
         self.save = Save(parts.checkpoints, parts.loader, self.progress)
@@ -91,8 +101,7 @@ class Loop:
             LossCurve(),
             *profiler(config, self.progress.say),  # last: what it measures includes the others
         ]
-        self.whole = empty(config.model)  # for counting: this rank may hold a part of the model only
-        self.sharers = parts.mesh.grid.world // parts.mesh.dp_size  # ranks that compute one batch together
+        self.work = StepWork(config, parts.mesh.grid, self.run.processes.device.type == "cuda")
         self.events = Events(config.run, self.run.processes.first, self.progress.say)
         self.guard = Guard(self.run, self.events)
         self.rewind = Rewind(self.run, parts.checkpoints, parts.loader, self.save, self.callbacks)
@@ -100,14 +109,14 @@ class Loop:
         self.memory = psutil.Process()
 
     def begin(self) -> None:
-        nominal, self.measured, objection = _peaks(self.run)
-        self.utilization = flops.Utilization(nominal, str(self.run.config.hardware or "the hardware file"))
+        nominal, measured, objection = _peaks(self.run)
+        self.utilization = utilization.of_chip(nominal, measured, str(self.run.config.hardware or "the hardware file"))
         for callback in self.callbacks:
             callback.on_start(self.run)
         _announce(self.run, self.parts, self.progress)
         if objection is not None:
             self.progress.say(objection)
-        for line in (self.replica_check.scope, self.guard.scope):
+        for line in (*self.notes, self.replica_check.scope, self.guard.scope):
             if line is not None:
                 self.progress.say(line)
 
@@ -130,10 +139,9 @@ class Loop:
         tokens = self.parts.loader.stage(run.step - 1).step_tokens
         run.tokens += tokens
         seconds = time.perf_counter() - start
-        speed = _flops(self.whole, batches) / self.sharers / seconds
-        mfu, warning = self.utilization.of(speed)
-        if warning is not None:
-            self.progress.say(warning)
+        shares, impossible = self.utilization.of(self.work.of(batches), seconds)
+        for each in impossible:
+            self.events.add(run.step, "impossible", each.text, level="error", ceiling=each.ceiling.name)
         run.record = {
             "step": run.step,
             "tokens": run.tokens,
@@ -142,8 +150,7 @@ class Loop:
             "lr": lr,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": mfu,
-            "mfu_measured": speed / self.measured,
+            **shares,
             "memory_bytes": _memory(run.processes, self.memory),
         }
         run.record |= self.parts.loader.numbers(run.step, batches)
@@ -180,6 +187,11 @@ class Loop:
             who = received or "a signal on another rank"
             self.progress.say(f"stopped by {who} after step {run.step}; run again to go on")
             return PREEMPTED
+        if run.config.profile is not None and self.utilization.faulty:
+            self.progress.say(
+                f"{run.folder / EVENTS} says what is wrong with {' and '.join(sorted(self.utilization.faulty))}"
+            )
+            return ERROR
         self.progress.say(f"finished {run.step} steps; loss curve: {run.folder / 'loss.png'}")
         return FINISHED
 
@@ -213,15 +225,6 @@ def _peaks(run: Run) -> tuple[float | None, float, str | None]:
     measured, objection = hardware.ceiling(chip, device, precision)
     nominal = chip.peak(precision) if chip else None
     return nominal, measured, objection and f"mfu_measured: {run.config.hardware or 'the hardware file'}: {objection}"
-
-
-def _flops(model: Decoder, batches: Sequence[Batch]) -> float:
-    """This rank's useful FLOPs of one step."""
-    total = 0.0
-    for batch in batches:
-        context = flops.mean_context((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist())
-        total += batch.tokens.numel() * flops.training_flops_per_token(model, context)
-    return total
 
 
 def _memory(job: Processes, process: psutil.Process) -> int:

@@ -91,7 +91,7 @@ def test_cache_is_what_generation_holds() -> None:
 
 def test_the_table_adds_up() -> None:
     config = DecoderConfig.model_validate({**MODEL, "multi_token": {"layer": "attention + swiglu"}})
-    found = describe.describe(config, context=100.0)
+    found = describe.describe(config, length=199)
     assert [(group.name, group.layers) for group in found.groups] == [
         ("gdn + moe", [0, 1]), ("attention + hourglass", [2]), ("window + swiglu", [3])
     ]  # fmt: skip
