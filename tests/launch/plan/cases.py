@@ -96,11 +96,11 @@ def costs(
     flops = 3 * product.flops * product.calls
     stage = StageCosts(
         layers=(0,), parameters=parameters, weights=0.0, gradients=0.0, optimizer=0.0, activations=0.0, buffers=0.0,
-        peak=0.0, flops=flops, recomputed=recomputed * flops, matmuls=(product,), collectives=collectives,
+        peak=0.0, flops=flops, recomputed=recomputed * flops, remade=0.0, update=0.0, matmuls=(product,), collectives=collectives,
     )  # fmt: skip
     return RankCosts(
         parameters=parameters, weights=0.0, gradients=0.0, optimizer=0.0, activations=0.0, buffers=0.0, peak=0.0,
-        flops=flops, recomputed=recomputed * flops, matmuls=(product,), collectives=collectives,
+        flops=flops, recomputed=recomputed * flops, remade=0.0, update=0.0, matmuls=(product,), collectives=collectives,
         bubble=(stages - 1) / (micro_batches + stages - 1), stages=(stage,) * stages, micro_batches=micro_batches,
         tokens=1000,
     )  # fmt: skip
