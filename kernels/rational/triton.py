@@ -18,16 +18,16 @@ from torch.autograd.function import once_differentiable
 from kernels.architecture import architecture, facts
 from kernels.tuning import parameters
 
-# ELEMENTS: of a tile. WAVES: backward programs per CU or SM.
+# BYTES: of x in a tile, so that a lane loads as much of every dtype. WAVES: backward programs per CU or SM.
 DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
-    "rational_forward": {"generic": {"ELEMENTS": 2048, "num_warps": 4, "num_stages": 1}},
-    "rational_backward": {"generic": {"ELEMENTS": 1024, "WAVES": 4, "num_warps": 4, "num_stages": 1}},
+    "rational_forward": {"generic": {"BYTES": 4096, "num_warps": 4, "num_stages": 1}},
+    "rational_backward": {"generic": {"BYTES": 2048, "WAVES": 4, "num_warps": 4, "num_stages": 1}},
 }
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "rational_forward": [{"ELEMENTS": n, "num_warps": w} for n in (1024, 2048, 4096) for w in (2, 4, 8)],
+    "rational_forward": [{"BYTES": n, "num_warps": w} for n in (2048, 4096, 8192) for w in (2, 4, 8)],
     "rational_backward": [
-        {"ELEMENTS": n, "WAVES": waves, "num_warps": w}
-        for n in (256, 512, 1024)
+        {"BYTES": n, "WAVES": waves, "num_warps": w}
+        for n in (512, 1024, 2048)
         for waves in (2, 4, 8)
         for w in (2, 4, 8)
     ],
@@ -193,7 +193,7 @@ def _launch(
     """(sizes and tile, column tiles, launch options)."""
     D, G = rows.shape[1], max(numerator.shape[0], denominator.shape[0])
     use = parameters(kernel, architecture(rows.device), defaults=DEFAULTS, D=D, G=G)
-    elements, block = use.pop("ELEMENTS"), _block(D // G)
+    elements, block = use.pop("BYTES") // rows.element_size(), _block(D // G)
     sizes = {"G": G, "GROUP": D // G, "P": numerator.shape[1] - 1, "Q": denominator.shape[1]}
     sizes |= {"NUMERATORS": numerator.shape[0], "DENOMINATORS": denominator.shape[0]}
     sizes |= {"BLOCK": block, "ROWS": max(1, elements // block)}

@@ -10,8 +10,8 @@ from kernels.rational.reference import rational_reference
 from kernels.rational.triton import _block, rational_triton
 from kernels.tuning import override
 
-# A few elements a tile and one program a column tile and wave: every program passes over several row tiles.
-SMALL = {"rational_forward": {"ELEMENTS": 32}, "rational_backward": {"ELEMENTS": 32, "WAVES": 1}}
+# A few bytes a tile and one program a column tile and wave: every program passes over several row tiles.
+SMALL = {"rational_forward": {"BYTES": 128}, "rational_backward": {"BYTES": 128, "WAVES": 1}}
 
 
 def leaves(shape, groups=(1, 2), orders=(5, 4), dtype=torch.float32):
@@ -108,7 +108,7 @@ def test_one_set_of_partial_sums_a_program(monkeypatch):
     made = []
     empty = torch.empty
     monkeypatch.setattr(triton.torch, "empty", lambda *shape, **how: made.append(shape) or empty(*shape, **how))
-    with override({"rational_backward": {"ELEMENTS": 64, "WAVES": 1}}):
+    with override({"rational_backward": {"BYTES": 256, "WAVES": 1}}):
         values_and_gradients(rational_triton, leaves((64, 16), (1, 4)))
     assert (10, triton.UNITS_UNKNOWN // 4, 4, 1) in made
 
