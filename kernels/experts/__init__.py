@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Form, Request, choose, triton_objection
+from kernels.experts import routing_reference as _loaded  # noqa: F401  torch.compile traces it, and can trace no import
 from kernels.experts.activations import ACTIVATIONS
+from kernels.experts.routing import ROUTING_FORMS, route
 
-__all__ = ["ACTIVATIONS", "FORMS", "experts", "load"]
+__all__ = ["ACTIVATIONS", "FORMS", "ROUTING_FORMS", "experts", "load", "route"]
 
 FORMS = (
     Form("triton", "kernels.experts.triton", "experts_triton", triton_objection),
@@ -66,7 +68,11 @@ def experts(
 
 def load(indices: Tensor, experts: int) -> Tensor:
     """int64 [experts]: how many choices fell on each expert. indices: int64 of any shape, 0 <= indices < experts."""
-    return torch.bincount(indices.reshape(-1), minlength=experts)
+    flat = indices.reshape(-1)
+    if flat.device.type == "cpu":
+        return torch.bincount(flat, minlength=experts)
+    # There bincount waits for the device, to learn the largest value. Sums of integers do not depend on their order.
+    return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor, activation: str) -> None:

@@ -263,6 +263,20 @@ def _experts(
     return Case("experts", " ".join(words if weights is None else [*words, "weights", SHORT[weights]]), run)
 
 
+def _routing(N: int, E: int, k: int, gate: str, *, groups: int = 1, top_groups: int = 1) -> Case:
+    def run() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        from kernels.experts import route
+
+        logits = leaf(N, E)
+        normalize = k > 1
+        _, weights = route(
+            logits, torch.zeros(E), top_k=k, gate=gate, normalize=normalize, groups=groups, top_groups=top_groups
+        )
+        return [weights], [logits]
+
+    return Case("experts", f"routing {k} of {E} {gate}" + f" {top_groups} of {groups} groups" * (groups > 1), run)
+
+
 def _cross_entropy(
     V: int, dtype: torch.dtype, *, bias: bool = False, smooth: float = 0.0, reduction: str = "sum", N: int = 300
 ) -> Case:
@@ -336,6 +350,9 @@ def cases(op: str) -> list[Case]:
             _experts(8, 128, 2048, 768, 8, BF16),  # decoding
             _experts(2048, 8, 1024, 512, 2, FP32),
             _experts(500, 6, 1000, 333, 3, BF16),
+            _routing(4096, 17, 1, "softmax"),  # ZAYA1
+            _routing(4096, 128, 8, "softmax"),
+            _routing(4096, 256, 8, "sigmoid", groups=8, top_groups=4),  # DeepSeek-V3
         ]
     if op == "cross_entropy":
         return [

@@ -20,6 +20,7 @@ from kernels import delta_rule, gated_linear_attention, short_convolution
 from kernels.attention.chunked import attention as packed_attention
 from kernels.cca.chunked import BLOCK_BYTES as CCA_BYTES
 from kernels.experts.chunked import alignment
+from kernels.experts.routing_chunked import route_chunked
 from kernels.norm.chunked import BLOCK_ELEMENTS
 from kernels.offline.choice import choosing
 from parallel.expert.apply import sparse_layers
@@ -552,6 +553,7 @@ def operators(notes: Notes) -> Iterator[None]:
     forms: dict[str, Any] = {
         **dict.fromkeys(("rms_norm", "l2_norm", "gated_rms_norm"), norm),
         "add_rms_norm": partial(_add_norm, notes),
+        "experts_routing": route_chunked,
         "rational": _plain,
         "rotary": _rotary,
         "swiglu": _swiglu,

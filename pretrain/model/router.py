@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.experts import load
+from kernels.experts import load, route
 
 Gate = Literal["sigmoid", "softmax"]
 
@@ -43,14 +43,22 @@ def unreduced(load: Tensor) -> Tensor:
 class Routing(NamedTuple):
     """What a router decided for N tokens.
 
-    indices: int64 [N, k]; scores: fp32 [N, k], the weights of the chosen. logits: fp32 [N, E]; affinity: fp32 [N, E], the scores
-    of all experts before choice and bias, each token's summing to 1.
+    indices: int64 [N, k]; scores: fp32 [N, k], the weights of the chosen. logits: fp32 [N, E].
     """
 
     indices: Tensor
     scores: Tensor
     logits: Tensor
-    affinity: Tensor
+    gate: Gate
+
+    @property
+    def affinity(self) -> Tensor:
+        """fp32 [N, E], the scores of all experts before choice and bias, each token's summing to 1. Computed when asked for."""
+        with torch.autocast(self.logits.device.type, enabled=False):
+            if self.gate == "softmax":
+                return self.logits.softmax(dim=-1)
+            scores = self.logits.sigmoid()
+            return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
 
 class Router(Balanced):
@@ -97,24 +105,19 @@ class Router(Balanced):
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(wide), self.weight.to(wide))
-            scores = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(dim=-1)
-            indices = self._choose(scores.detach() + self.bias)
-            chosen = scores.gather(-1, indices)
-            if self.normalize:
-                chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
-            affinity = scores if self.gate == "softmax" else scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+            indices, scores = route(
+                logits,
+                self.bias,
+                top_k=self.top_k,
+                gate=self.gate,
+                normalize=self.normalize,
+                scale=self.scale,
+                groups=self.groups,
+                top_groups=self.top_groups,
+            )
         if self.training:
             self.load += load(indices, self.load.numel())
-        return Routing(indices, chosen * self.scale, logits, affinity)
-
-    def _choose(self, preference: Tensor) -> Tensor:
-        """preference [N, E] -> the k best of each token, int64 [N, k]."""
-        if self.groups > self.top_groups:
-            grouped = preference.unflatten(-1, (self.groups, -1))
-            best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices
-            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
-            preference = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
-        return preference.topk(self.top_k, dim=-1).indices
+        return Routing(indices, scores, logits, self.gate)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:

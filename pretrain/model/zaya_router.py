@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import rms_norm
-from kernels.experts import load
+from kernels.experts import load, route
 from pretrain.model.norm import RMSNorm
 from pretrain.model.router import Balanced
 
@@ -93,14 +93,7 @@ class ZayaRouter(Balanced):
             h = rms_norm(state, self.norm.weight.to(wide), self.norm.eps)
             h = functional.gelu(_linear(self.fc1, h))
             h = functional.gelu(_linear(self.fc2, h))
-            probability = _linear(self.out, h).softmax(dim=-1).flatten(0, -2)
-            preference = probability.detach() + self.bias
-            # argmax takes the first of equals, topk any of them.
-            if self.top_k == 1:
-                indices = preference.argmax(dim=-1, keepdim=True)
-            else:
-                indices = preference.topk(self.top_k, dim=-1).indices
-            scores = probability.gather(-1, indices)
+            indices, scores = route(_linear(self.out, h).flatten(0, -2), self.bias, top_k=self.top_k)
         if self.training:
             self.load += load(indices, self.load.numel())
         return indices, scores, state
