@@ -32,7 +32,8 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
         denominator: [G, Q], b_1 first; or [1, Q].
 
     Where the polynomial in the denominator is zero, its absolute value counts as rising with it (derivative +1), so that
-    coefficients that start at zero can leave it.
+    coefficients that start at zero can leave it. The denominator is one at least and is never squared. Only the inputs are kept
+    for the backward, which evaluates the polynomials again and gives the same bits every time.
 
     Returns x's shape and dtype. Raises ValueError naming the argument that does not fit.
     """
