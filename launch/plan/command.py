@@ -112,6 +112,9 @@ class _Task:
             show.step(forecast), *show.speed(forecast), "", *show.reliability(lost, forecast), "", show.sizing(rules)
         )
         self.assumptions(forecast)
+        impossible = show.impossible(forecast)
+        if impossible is not None:
+            print(f"error: {impossible}", file=sys.stderr)
         self.record |= {
             "forecast": numbers.forecast(forecast),
             "recompute": numbers.memory(choices),
@@ -119,7 +122,7 @@ class _Task:
             "sizing": numbers.advice(rules),
             "would_fit": numbers.remedies(found),
         }
-        return FINISHED if forecast.fits else ERROR
+        return FINISHED if forecast.fits and impossible is None else ERROR
 
     def choices(self, forecast: Forecast) -> dict[str, Forecast]:
         """The same with every choice of activation checkpointing."""
@@ -132,8 +135,8 @@ class _Task:
 
     def failures(self, forecast: Forecast) -> Failures:
         arguments, question = self.arguments, self.question
-        state = 4.0 * 3.0 * question.model.parameters  # fp32 weights and two moments
-        held = 4.0 * 3.0 * max(stage.parameters for stage in forecast.costs.stages)
+        state = question.model.state_bytes
+        held = state / question.model.parameters * max(stage.parameters for stage in forecast.costs.stages)
         writing = state / (1e9 * arguments.storage_gbs)
         staging = held / (1e9 * STAGING_GBS)
         background = forecast.config.checkpoint.background

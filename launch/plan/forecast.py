@@ -12,7 +12,9 @@ from launch.plan.step_time import StepTime, step_time
 from parallel.grid import Grid
 from pretrain.config import RunConfig
 from pretrain.estimate.costs import RankCosts
+from pretrain.estimate.flops import Work
 from pretrain.estimate.layout import rank_costs
+from pretrain.estimate.utilization import share
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,26 @@ class Forecast:
         """Useful FLOPs of a step, of all ranks."""
         return self.grid.world / len(self.costs.stages) * sum(stage.flops for stage in self.costs.stages)
 
-    @property
-    def mfu(self) -> float:
-        """Share of the nominal matrix rate."""
-        return self.flops / (self.time.seconds * self.grid.world * self.chip.nominal)
+    @cached_property
+    def work(self) -> Work:
+        """FLOPs of a step on a rank, on average."""
+        stages, ranks = self.costs.stages, len(self.costs.stages)
+        return Work(
+            useful=sum(stage.flops for stage in stages) / ranks,
+            recomputed=sum(stage.recomputed for stage in stages) / ranks,
+            remade=sum(stage.remade for stage in stages) / ranks,
+            update=sum(stage.update for stage in stages) / ranks,
+        )
 
     @property
-    def mfu_ceiling(self) -> float:
-        """Share of what the best matrix product reaches."""
-        return self.mfu * self.chip.nominal / self.chip.ceiling
+    def mfu(self) -> float | None:
+        """Share of the nominal matrix rate; None if more than that would be computed."""
+        return share(self.work, self.time.seconds, self.chip.nominal)
+
+    @property
+    def mfu_ceiling(self) -> float | None:
+        """Share of what the best matrix product reaches; None if more than that would be computed."""
+        return share(self.work, self.time.seconds, self.chip.ceiling)
 
     @property
     def days(self) -> float:

@@ -46,7 +46,10 @@ def forecast(each: Forecast) -> dict[str, Any]:
         },
         "memory": {name: getattr(costs, name) for name in names}
         | {"room": each.room, "excess": each.excess, "fits": each.fits},
-        "flops": {"step": each.flops, "rank": costs.flops, "recomputed": costs.recomputed},
+        "flops": {
+            "step": each.flops, "rank": costs.flops, "recomputed": costs.recomputed, "remade": costs.remade,
+            "update": costs.update,
+        },
         "collectives": [
             {
                 **asdict(message.collective),

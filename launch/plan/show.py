@@ -13,6 +13,7 @@ from launch.plan.sizing import Advice
 from launch.plan.source import Question
 from launch.plan.sweep import Curves, Point
 from parallel.fabric.fit import readable
+from pretrain.estimate.utilization import Ceiling, Impossible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -156,12 +157,29 @@ def speed(forecast: Forecast) -> list[str]:
     useful = forecast.flops / forecast.time.seconds / forecast.grid.world
     return [
         f"{human(rate)} tokens/s, {human(rate / forecast.grid.world)} a GPU; {useful / 1e12:.4g} TFLOP/s a GPU: MFU "
-        f"{forecast.mfu:.1%} of the nominal rate, {forecast.mfu_ceiling:.1%} of what products reach",
+        f"{percent(forecast.mfu)} of the nominal rate, {percent(forecast.mfu_ceiling)} of what products reach",
         f"{human(forecast.tokens)} tokens take {forecast.days:.3g} days without failures"
         if forecast.days >= 0.1
         else f"{human(forecast.tokens)} tokens take {duration(86400 * forecast.days)} without failures",
         limit(forecast),
     ]
+
+
+def percent(share: float | None) -> str:
+    return "no number" if share is None else f"{share:.1%}"
+
+
+def impossible(forecast: Forecast) -> str | None:
+    """Why the figures cannot be right, and what to do."""
+    name, chip = forecast.chip.name, forecast.chip
+    fix = "give another --hardware, or an --efficiency"
+    for share, ceiling in (
+        (forecast.mfu, Ceiling("MFU", chip.nominal, f"that the datasheet of {name} says it can do", fix)),
+        (forecast.mfu_ceiling, Ceiling("MFU", chip.ceiling, f"that products reach on {name}", fix)),
+    ):
+        if share is None:
+            return Impossible(ceiling, forecast.work, forecast.time.seconds).text
+    return None
 
 
 def reliability(failures: Failures, forecast: Forecast) -> list[str]:
@@ -223,7 +241,7 @@ def candidates(found: Found, most: int = 10) -> Table:
             each.config.train.recompute,
             engine(each.config),
             duration(each.time.seconds),
-            f"{each.mfu:.1%}",
+            percent(each.mfu),
             f"{each.costs.peak / GIB:.0f}",
             "the fastest" if place == 1 else f"{slower}: {why(each, best)}",
         )

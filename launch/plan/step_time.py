@@ -132,6 +132,7 @@ def _stage(
     update = (UPDATE + (CLIP if config.train.clip is not None else 0.0)) * stage.parameters
     offload = getattr(config.engine, "offload", "none") != "none"
     optimizer = 8.0 * stage.parameters / HOST_LINK + update / HOST_STREAM if offload else chip.stream(update)
+    optimizer += stage.update / chip.ceiling  # its own matrix products
     computing = products + arithmetic + memory + recomputed
     messages = _messages(stage.collectives, config, fabric, computing, costs.micro_batches, overlap)
     return StepTime(

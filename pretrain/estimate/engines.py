@@ -53,8 +53,8 @@ class State:
     growing: bool
 
 
-def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches: int, gpu: bool) -> State:
-    """What a rank holds between steps, and what it gathers within them. gpu: or a CPU."""
+def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches: int) -> State:
+    """What a rank holds between steps, and what it gathers within them."""
     if isinstance(config.engine, DeepSpeedConfig):
         return _deepspeed_state(config.engine, grid, groups, micro_batches)
     ranks = grid.size("shard_cp")
@@ -77,7 +77,7 @@ def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches:
         optimizer=BYTES * sum(group.weighed.moments * group.count for group in groups),
         gathered=BYTES * gathered,
         unit=BYTES * unit,
-        scratch=scratch(config.optimizer, updated, gpu),
+        scratch=scratch(config.optimizer, updated),
         growing=micro_batches == 1,
     )
 

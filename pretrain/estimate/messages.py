@@ -12,8 +12,10 @@ from pretrain.estimate import engines
 from pretrain.estimate.costs import Collective
 from pretrain.estimate.model import Kind
 from pretrain.estimate.parameters import BYTES, Weighed
-from pretrain.estimate.setting import Held, Setting, doubled
+from pretrain.estimate.setting import Held, Setting, around, doubled
 from pretrain.estimate.stand_in import Message
+from pretrain.optim.lamb import LAMBConfig
+from pretrain.optim.muon import MuonConfig
 
 
 def collectives(
@@ -34,7 +36,7 @@ def collectives(
                 yield from made(send._replace(calls=send.calls * count * setting.micro_batches))
         for send in (*of_ends(setting, held), *of_borders(setting, held)):
             yield from made(send)
-    for send in of_step(setting, stages):
+    for send in (*of_step(setting, stages), *of_update(setting, stages, groups)):
         yield from made(send)
 
 
@@ -48,6 +50,27 @@ def of_step(setting: Setting, stages: Sequence[Held]) -> Iterator[engines.Send]:
     extra = setting.model.extra
     loads += extra.loads if stages[-1].last and extra is not None else 0
     yield engines.Send("dp_cp_tp", "all_reduce", "loads of routers", 8.0 * loads, 1, False)
+
+
+def of_update(setting: Setting, stages: Sequence[Held], groups: Sequence[engines.Group]) -> Iterator[engines.Send]:
+    """The optimizer's own: pretrain/optim/exchange.py and lamb.py."""
+    optimizer, layers = setting.model.optimizer, [kind for held in stages for kind in held.kinds]
+    last, ranks = any(held.last for held in stages), setting.grid.size("dp_cp_tp")
+    if isinstance(optimizer, MuonConfig):
+        low = 2 if optimizer.precision == "bf16" else 4
+        whole = sum(m * n * count for (m, n), count in setting.model.matrices(layers, last).items()) / ranks
+        held = sum(group.weighed.orthogonalised * group.count for group in groups)
+        rounds = max(1, math.ceil(low * whole / optimizer.bucket_bytes))
+        # One rank sends each block to the matrix's owner, who sends results to all ranks that hold one.
+        yield engines.Send("dp_cp_tp", "all_to_all", "matrices for the update", low * whole / rounds, rounds, True)
+        yield engines.Send("dp_cp_tp", "all_to_all", "updates of matrices", low * held / rounds, rounds, True)
+    if isinstance(optimizer, LAMBConfig):
+        parts = [parameter for kind in layers for parameter in kind.parameters]
+        parts += [parameter for held in stages for side in around(setting.model, held) for parameter in side]
+        norms = sum(
+            p.shape[0] if len(p.shape) > 2 else 1 for p in parts if p.decays or p.name.endswith("embedding.weight")
+        )
+        yield engines.Send("dp_cp_tp", "all_gather", "norms of layers", 16.0 * norms * ranks, 1, False)
 
 
 def of_layer(setting: Setting, kind: Kind) -> list[engines.Send]:

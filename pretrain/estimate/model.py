@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from parallel.grid import Grid
 from pretrain.config import ConfigError, RunConfig
 from pretrain.estimate.flops import Forward, per_token
-from pretrain.estimate.parameters import Cutting, Parameter, Part, Weighed, of_module, weigh
+from pretrain.estimate.parameters import BYTES, Cutting, Parameter, Part, Weighed, of_module, weigh
 from pretrain.estimate.stand_in import Product
 from pretrain.estimate.trace import Traced, Way, trace
 from pretrain.estimate.update import matrices
@@ -118,6 +119,13 @@ class ModelCosts:
     @cached_property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def state_bytes(self) -> float:
+        """Of all weights and of what the optimizer keeps for them: a checkpoint."""
+        layers = [*self.layers, *([self.extra] if self.extra is not None else [])]
+        every = [*self.ends, *(parameter for kind in layers for parameter in kind.parameters)]
+        return float(sum(BYTES * (1 + each.moments) * math.prod(each.shape) for each in every))
 
     @cached_property
     def active(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from parallel.grid import Grid
 from pretrain.config import RunConfig
 from pretrain.estimate.model import Kind, ModelCosts, Way
-from pretrain.estimate.parameters import Part, Weighed
+from pretrain.estimate.parameters import Parameter, Part, Weighed
 from pretrain.estimate.trace import Measured, Traced
 
 FINAL = ("norm.", "head.", "multi_token.")
@@ -104,14 +104,19 @@ class Held:
 
 def ends(setting: Setting, held: Held) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """The parameters (before, after) the layers of a stage."""
-    model, cutting = setting.model, setting.way.cutting
-    before = tuple(p.held(cutting) for p in model.ends if not p.name.startswith(FINAL)) if held.first else ()
-    after: tuple[Part, ...] = ()
+    before, after = around(setting.model, held)
+    return tuple(p.held(setting.way.cutting) for p in before), tuple(p.held(setting.way.cutting) for p in after)
+
+
+def around(model: ModelCosts, held: Held) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...]]:
+    """As `ends`, before they are cut."""
+    before = tuple(p for p in model.ends if not p.name.startswith(FINAL)) if held.first else ()
+    after: tuple[Parameter, ...] = ()
     if held.last:
-        after = tuple(p.held(cutting) for p in model.ends if p.name.startswith(FINAL))
-        after += model.extra.parts(cutting) if model.extra is not None else ()
+        after = tuple(p for p in model.ends if p.name.startswith(FINAL))
+        after += model.extra.parameters if model.extra is not None else ()
         if not held.first and doubled(model):
-            after = (next(p.held(cutting) for p in model.ends if p.name == "embedding.weight"), *after)
+            after = (next(p for p in model.ends if p.name == "embedding.weight"), *after)
     return before, after
 
 

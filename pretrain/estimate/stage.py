@@ -68,7 +68,7 @@ def _fixed(setting: Setting, stages: Sequence[Held]) -> Fixed:
             groups.append(engines.Group("around the layers", weigh(before + after, *setting.sharers), 1, True))
         groups += _units(setting, held)
         order += [weigh(before, *setting.sharers), *map(setting.weighed, held.kinds), weigh(after, *setting.sharers)]
-    state = engines.state(setting.config, setting.grid, groups, setting.micro_batches, setting.way.gpu)
+    state = engines.state(setting.config, setting.grid, groups, setting.micro_batches)
     sharded = setting.grid.size("shard_cp") > 1 or setting.config.engine.kind == "deepspeed"
     growing = state.growing and not sharded
     each = [work(setting, held) for held in stages]

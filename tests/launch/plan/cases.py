@@ -71,7 +71,7 @@ def question(
 
 def counted(config: RunConfig) -> ModelCosts:
     """What ModelCosts.of gives; of a model that a test has followed already, the very same."""
-    key = config.model.model_dump_json()
+    key = config.model.model_dump_json() + config.optimizer.model_dump_json()
     if key not in COUNTED:
         COUNTED[key] = OF(config)
     return COUNTED[key]

@@ -97,6 +97,41 @@ def test_numbers_follow_from_each_other(tmp_path: Path) -> None:
     assert full["step_seconds"] > none["step_seconds"]
 
 
+def test_a_share_above_one_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A measured ceiling above the nominal one, which is another chip's."""
+    config, hardware = files(tmp_path)
+    wrong = hardware.read_text().replace("bf16_tflops: 100", "bf16_tflops: 0.000001")
+    hardware.write_text(wrong + "measured: {date: 2026-01-01, device: x, torch: y, matmul_tflops: {bf16: 100}}\n")
+    arguments = [
+        "--config",
+        str(config),
+        "--hardware",
+        str(hardware),
+        "--gpus",
+        "8",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert main(arguments) == 1
+    forecast = json.loads((tmp_path / "out.json").read_text())["forecast"]
+    assert forecast["mfu"] is None and 0 < forecast["mfu_ceiling"] < 1
+    printed = capsys.readouterr()
+    assert "MFU is an error, not a number" in printed.err and "datasheet of Round" in printed.err
+    assert "MFU no number of the nominal rate" in printed.out
+
+
+def test_saves_are_as_large_as_the_optimizer_makes_them(tmp_path: Path) -> None:
+    """fp32 weights, and two moments for each, or one."""
+    sizes = {}
+    for kind in ("adamw", "sgd"):
+        _, found = plan(
+            tmp_path, "--gpus", "8", "checkpoint.background=false", "--storage-gbs", "0.001", f"optimizer.kind={kind}"
+        )
+        parameters = found["question"]["parameters"]
+        sizes[kind] = found["failures"]["save"] / parameters
+    assert sizes["adamw"] / sizes["sgd"] == pytest.approx(1.5, rel=1e-3)
+
+
 def test_a_job_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = plan(tmp_path, "--gpus", "8", "train.micro_batch=8", memory=0.02)
     assert code == 1

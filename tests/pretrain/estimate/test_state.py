@@ -50,6 +50,21 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "pp in a V": ("zaya", 2, {"mesh": {"pp": 2, "pp_schedule": "zbv", "pp_layers": [1, 1, 1, 0]}, "train": {"batch": 4}}),
     "pp with fsdp": ("gated delta net", 4, {"mesh": {"pp": 2}, "train": {"batch": 8}}),
     "pp with tp": ("attention moe", 4, {"mesh": {"pp": 2, "tp": 2}, "train": {"batch": 2}}),
+    "muon": ("multi-token", 1, {"optimizer": {"kind": "muon"}}),
+    "muon in fsdp": ("attention moe", 2, {"optimizer": {"kind": "muon", "per_head": True}, "train": {"batch": 2}}),
+    "muon with tp in hsdp": (
+        "gated delta net", 4,
+        {"optimizer": {"kind": "muon", "precision": "fp32"}, "mesh": {"tp": 2, "replicate": 2}, "train": {"batch": 4}},
+    ),
+    "muon with ep": (
+        "zaya", 2, {"optimizer": {"kind": "muon", "adamw": ["*.router.*"]}, "mesh": {"ep": 2}, "train": {"batch": 2}},
+    ),
+    "muon with pp": ("union hourglass", 2, {"optimizer": {"kind": "muon"}, "mesh": {"pp": 2}, "train": {"batch": 2}}),
+    "lamb in fsdp": ("zaya", 2, {"optimizer": {"kind": "lamb"}, "train": {"batch": 2}}),
+    "lamb with pp and tp": ("gla", 4, {"optimizer": {"kind": "lamb"}, "mesh": {"pp": 2, "tp": 2}, "train": {"batch": 2}}),
+    "sgd in fsdp": ("gla", 2, {"optimizer": {"kind": "sgd"}, "train": {"batch": 2}}),
+    "sgd with ep": ("attention moe", 2, {"optimizer": {"kind": "sgd"}, "mesh": {"ep": 2}, "train": {"batch": 2}}),
+    "sgd without momentum": ("gla", 1, {"optimizer": {"kind": "sgd", "momentum": 0.0}}),
     "zero 1": ("attention moe", 2, {"engine": {"kind": "deepspeed", "stage": 1}, "train": {"batch": 4}}),
     "zero 2": ("attention moe", 2, {"engine": {"kind": "deepspeed", "stage": 2}, "train": {"batch": 4}}),
     "zero 3": ("gla", 2, {"engine": {"kind": "deepspeed", "stage": 3, "keep_whole": 1000}, "train": {"batch": 4}}),
@@ -68,6 +83,9 @@ USUAL = (
     "cp of cca",
     "ring",
     "pp, tied",
+    "muon with tp in hsdp",
+    "lamb in fsdp",
+    "sgd with ep",
     "zero 2",
 )
 
