@@ -220,7 +220,9 @@ class Experts:
     def __init__(self, notes: Notes, experts: int, cutting: Cutting):
         self.notes, self.experts, self.cutting = notes, experts, cutting
 
-    def __call__(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor, activation: str = "silu"
+    ) -> Tensor:
         if self.cutting.ep == 1:
             return self._gathered(tokens, gate_up, down, indices, scores)
         notes, k = self.notes, indices.shape[1]
@@ -253,19 +255,19 @@ class Experts:
         held = -(-choices // E // rows) * rows * E if choices else 0
         held = max(held, choices)
         products = self.notes.products[self.notes.phase]
-        products.append(Product("experts.gate_up", choices / E, 2 * F, D, E, kept=False))
+        W = gate_up.shape[2]  # 2 F with gates
+        products.append(Product("experts.gate_up", choices / E, W, D, E, kept=False))
         products.append(Product("experts.down", choices / E, D, F, E, kept=False))
         item = tokens.element_size()
-        cast = 0 if gate_up.dtype == tokens.dtype else 3 * F * D * item
+        cast = 0 if gate_up.dtype == tokens.dtype else (W + F) * D * item
         if self.notes.gpu:  # hidden activations of all rows; all matrices in the tokens' precision
-            extra = held * 2 * F * item + 4 * choices
-            scratch = (held * F * item + E * cast, held * 3 * F * item + E * cast)
+            extra = held * W * item + 4 * choices
+            scratch = (held * F * item + E * cast, held * (W + F) * item + E * cast)
         else:  # kept are the projections, and who is where; one expert at a time passes through the other buffers
-            extra = held * 2 * F * item + 8 * (2 * held + choices)
-            share = (
-                min(held, 3 * held // (2 * E)) * item
-            )  # loads are not even: the largest is taken for half as much again
-            scratch = (share * (D + F) + cast, share * (D + 4 * F) + cast)
+            extra = held * W * item + 8 * (2 * held + choices)
+            # Loads are not even: the largest is taken for half as much again.
+            share = min(held, 3 * held // (2 * E)) * item
+            scratch = (share * (D + F) + cast, share * (D + W + 2 * F) + cast)
         y: Tensor = _Experts.apply(tokens, gate_up, down, scores, extra, held, scratch)
         return y
 

@@ -10,6 +10,7 @@ itself (pretrain/model/union_conversion.py). Which experts a token uses: pretrai
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,8 @@ class UnionOfExpertsConfig(RoutingConfig, FFNConfig):
 
 
 class UnionOfExperts(ContextualFFN):
+    fixed_memory = False
+
     routes_by_token = False  # but by patches, and by what came before
     reads_wide = True
     own: slice | None = None  # in a part: its experts among all
@@ -97,22 +100,25 @@ class UnionOfExperts(ContextualFFN):
         tokens = x.flatten(0, 1)
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        run = self._gated if self.gated and self.up_bias is None else self._plain
+        run = self._through_kernel if self.up_bias is None else self._plain
         return run(tokens, selection).view(x.shape), carry
 
-    def _gated(self, tokens: Tensor, selection: Selection) -> Tensor:
+    def _through_kernel(self, tokens: Tensor, selection: Selection) -> Tensor:
         """tokens [N, D] -> [N, D] through the kernel."""
         factor = selection.factor.flatten(0, 1)
+        # Dispatchers to other ranks know gated experts only: see expert_splits.
+        dispatch: Callable[..., Tensor] = self.dispatch
+        dispatch = dispatch if self.gated else partial(dispatch, activation=self.activation)
         if selection.indices is not None:
             indices = selection.indices.flatten(0, 1)
-            return self.dispatch(tokens, self.up, self.down, indices, factor.gather(-1, indices))
+            return dispatch(tokens, self.up, self.down, indices, factor.gather(-1, indices))
         # Tokens with different numbers of experts: every pair is a row with one choice.
         rows = Rows.of(selection.mask.flatten(0, 1))
         pairs = (rows.expert[:, None], rows.of_pairs(factor)[:, None])
-        return rows.combine(self.dispatch(rows.of_tokens(tokens), self.up, self.down, *pairs))
+        return rows.combine(dispatch(rows.of_tokens(tokens), self.up, self.down, *pairs))
 
     def _plain(self, tokens: Tensor, selection: Selection) -> Tensor:
-        """tokens [N, D] -> [N, D]; the kernel has no ungated experts and no biases."""
+        """tokens [N, D] -> [N, D]; the kernel has no biases."""
         rows = Rows.of(selection.mask.flatten(0, 1))
         factor = rows.of_pairs(selection.factor.flatten(0, 1)).to(tokens.dtype)[:, None]
         inner = per_expert(rows.of_tokens(tokens), self.up, rows.counts)
