@@ -39,3 +39,11 @@ def sequence_bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> list[
         return [(row, 0, length) for row in range(batch)]
     bounds = cu_seqlens.tolist()
     return [(0, start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def sequence_of_token(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
+    """int32 [T]: the sequence of each packed token. Empty ones have no token, hence right=True on the ends."""
+    if cu_seqlens is None:
+        return None
+    tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True, out_int32=True)

@@ -21,6 +21,7 @@ from kernels.cca.triton_kernels import (
     norm_gradient_kernel,
     tap_gradient_kernel,
 )
+from kernels.packing import sequence_of_token
 from kernels.tuning import parameters
 
 # ELEMENTS: of a tile of one head. ROWS: of a tap in one product, in bytes. WAVES: programs a CU or SM.
@@ -58,14 +59,6 @@ def _launch(kernel: str, z: Tensor, d: int) -> tuple[dict[str, int], dict[str, i
     return {"BLOCK_T": tall, "BLOCK_D": wide, "BLOCK_K": rows}, use
 
 
-def _sequence_of_token(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-    """int32 [T]: the sequence of each packed token. Empty ones have no token, hence right=True on the ends."""
-    if cu_seqlens is None:
-        return None
-    tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True, out_int32=True)
-
-
 class _CCA(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,7 +87,7 @@ class _CCA(torch.autograd.Function):
             sizes, flags = _call(z, factor, taps, state, cu_seqlens)
             tile, use = _launch("cca_forward", z, d)
             forward_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]) * J,)](
-                z, state, taps.to(z.dtype), offset, factor.float(), q, k, cu_seqlens, _sequence_of_token(cu_seqlens, T),
+                z, state, taps.to(z.dtype), offset, factor.float(), q, k, cu_seqlens, sequence_of_token(cu_seqlens, T),
                 T, z.stride(0), z.stride(1), eps, **sizes, **flags, **tile, **use,
             )  # fmt: skip
         return q, k
@@ -112,7 +105,7 @@ class _CCA(torch.autograd.Function):
         wide_taps, offset = combined(depthwise, depthwise_bias, grouped, grouped_bias)
         taps = wide_taps.to(z.dtype)
         sizes, flags = _call(z, factor, taps, state, cu_seqlens)
-        sequence_of = _sequence_of_token(cu_seqlens, T)
+        sequence_of = sequence_of_token(cu_seqlens, T)
         ds = torch.empty_like(dz)
         tile, use = _launch("cca_norm_gradient", z, d)
         tiles = B * triton.cdiv(T, tile["BLOCK_T"])

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from kernels.architecture import architecture
-from kernels.packing import check_cu_seqlens
+from kernels.packing import check_cu_seqlens, sequence_of_token
 from kernels.short_conv.triton_kernels import (
     final_state_kernel,
     forward_kernel,
@@ -79,14 +79,6 @@ def short_convolution_triton(
     return y, final
 
 
-def _sequence_of_token(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-    """int32 [T]: the sequence of each packed token. Empty ones have no token, hence right=True on the ends."""
-    if cu_seqlens is None:
-        return None
-    tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True, out_int32=True)
-
-
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -106,7 +98,7 @@ class _ShortConvolution(torch.autograd.Function):
         B, T, D = x.shape
         W = weight.shape[1]
         N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-        sequence_of = _sequence_of_token(cu_seqlens, T)
+        sequence_of = sequence_of_token(cu_seqlens, T)
         packed = cu_seqlens is not None
         arch = architecture(x.device)
         y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
