@@ -39,6 +39,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=at_least(1), default=1, help="texts to write (default 1)")
+    parser.add_argument(
+        "--fixed", action=argparse.BooleanOptionalAction, default=None,
+        help="caches of fixed size, on a GPU replayed as a CUDA graph (default: on a GPU, if the model can)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -78,14 +82,19 @@ def generate(
     end: int | None = None,
     vocabulary: int | None = None,
     stop: Callable[[list[int]], bool] | None = None,
+    fixed: bool | None = None,
 ) -> list[list[int]]:
     """Token ids written after `prompt` (at least one id), one list a sample, each ending before the `end` token.
 
     vocabulary: how many ids the tokenizer knows; the model may have more, as padding. stop: asked after every token with what a
     sample has so far; True ends the sample, that token included. The prompt is read once in parallel; then
     every token costs one step: attention reads its key/value cache, linear mixers their state.
+    fixed: in buffers of fixed size, on a GPU as one CUDA graph a token (see pretrain/model/fixed.py); None: on a GPU, if the
+    model can. Raises ValueError for fixed=True and a model that cannot.
     """
     import torch
+
+    from pretrain.model.fixed import FixedDecoding, objection
 
     if not prompt:
         raise ValueError("prompt is empty; give at least one token, such as the tokenizer's bos")
@@ -97,9 +106,19 @@ def generate(
     cache = model.new_cache()
     step = torch.tensor([prompt] * samples, dtype=torch.int64, device=device)
     open_samples = set(range(samples))
+    gpu = device.type == "cuda"
+    if fixed is None:
+        fixed = gpu and objection(model) is None
+    decoding: FixedDecoding | None = None
     with torch.inference_mode():
-        for _ in range(tokens):
-            logits = model(step, cache=cache, last_only=True)[:, -1, :vocabulary]
+        for number in range(tokens):
+            if number == 0 or not fixed:
+                logits = model(step, cache=cache, last_only=True)[:, -1]
+            else:
+                if decoding is None:
+                    decoding = FixedDecoding(model, cache, samples, tokens, capture=gpu)
+                logits = decoding(step)
+            logits = logits[:, :vocabulary]
             step = choose(logits, temperature, top_k, top_p, generator)
             for sample, token in enumerate(step[:, 0].tolist()):
                 if token == end:
@@ -126,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = generate(
         model, prompt, tokens=arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k,
         top_p=arguments.top_p, seed=arguments.seed, samples=arguments.samples, end=tokenizer.eos,
-        vocabulary=tokenizer.vocabulary_size,
+        vocabulary=tokenizer.vocabulary_size, fixed=arguments.fixed,
     )  # fmt: skip
     for number, ids in enumerate(texts, start=1):
         if arguments.samples > 1:

@@ -61,6 +61,8 @@ class Sublayer(nn.Module):
     owns_residual = False  # True: the module normalises its input and adds the residual itself (Hourglass)
     # Why this sublayer must see whole sequences; None where it reaches along them by its SequenceContext alone.
     whole_sequence: str | None = None
+    # True: what it remembers of the past while generating has a fixed shape, the keys and values of `attend` aside.
+    fixed_memory = True
     reads_wide = False  # True: under autocast the first thing done to x is not a product in the low precision
 
     def place(self, index: int, count: int) -> None:

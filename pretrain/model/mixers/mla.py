@@ -49,6 +49,8 @@ class MLAConfig(MixerConfig):
 
 
 class MLA(Mixer):
+    fixed_memory = False
+
     def __init__(self, width: int, config: MLAConfig):
         super().__init__()
         require(

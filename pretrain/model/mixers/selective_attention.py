@@ -64,6 +64,7 @@ class SelectiveAttentionConfig(RoutingConfig, MixerConfig):
 
 
 class SelectiveAttention(Mixer):
+    fixed_memory = False
     whole_sequence = "each expert attends among the tokens that it takes, wherever they lie"
 
     reads_wide = True
