@@ -19,6 +19,8 @@ from kernels.common import opaque
 # after 8, without an error, and runs what is not compiled.
 PROGRAMS = 64
 MARK = "_compiled_by_blocks"
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torch", "TRITON_CACHE_DIR": "triton"}
+GIVEN = {variable: os.environ.get(variable) for variable in CACHES}  # the compiler sets them, too, when it is imported
 
 
 def apply_compile(blocks: Iterable[nn.Module], backend: str | Callable[..., object] = "inductor") -> None:
@@ -42,11 +44,12 @@ def is_compiled(module: nn.Module) -> bool:
 def keep_programs(folder: Path) -> Path:
     """From now on, compiled programs are kept in this folder, the Triton kernels' as well, for later runs on machines like this.
 
-    Returns the folder; that of the environment (TORCHINDUCTOR_CACHE_DIR) where it names one already.
+    Returns the folder; that of the environment (TORCHINDUCTOR_CACHE_DIR) where it named one when this process began.
     """
-    used = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    return Path(used)
+    for variable, name in CACHES.items():
+        if GIVEN[variable] is None:
+            os.environ[variable] = str(folder / name)
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 
 class Programs(NamedTuple):
