@@ -6,6 +6,7 @@ Rounds of a few matrices a rank. While one round is worked on, the next one's pi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +135,10 @@ class Exchange:
         work: matrices [n, rows, columns] -> results. apply: takes the results for pieces of this rank's tensors. meanwhile: done
         while the first pieces are on their way.
         """
+        if self.ranks == 1:
+            meanwhile()
+            self._alone(source, work, apply)
+            return
         asked: dict[int, Tensor] = {}
         coming = self._gather(0, source, asked) if self.rounds else None
         meanwhile()
@@ -151,6 +156,31 @@ class Exchange:
         if leaving is not None:
             self._apply(*leaving, apply)
 
+    def _alone(
+        self,
+        source: Callable[[int], Tensor],
+        work: Callable[[Tensor], Tensor],
+        apply: Callable[[list[Piece], list[Tensor]], None],
+    ) -> None:
+        """As `run`, on one rank: what travels nowhere is not packed, but brought to its matrix's place and applied from there.
+
+        A part at a time: memory that is free again at once is used again, and need not be mapped anew.
+        """
+        asked: dict[int, Tensor] = {}
+        for this in self.rounds:
+            stacks = _Stacks(this.owned, self.dtype, self.device)
+            for part, pairs in groupby(zip(this.send, this.receive), lambda pair: pair[0].part):
+                if part not in asked:
+                    asked[part] = source(part)
+                pieces, slots = zip(*pairs)
+                torch._foreach_copy_([stacks.of(slot) for slot in slots], [piece.of(asked[part]) for piece in pieces])
+                if part in this.last:
+                    del asked[part]
+            stacks.work(work)
+            for _, pairs in groupby(zip(this.take, this.give), lambda pair: pair[0].part):
+                pieces, slots = zip(*pairs)
+                apply(list(pieces), [stacks.of(slot) for slot in slots])
+
     def _gather(self, number: int, source: Callable[[int], Tensor], asked: dict[int, Tensor]) -> tuple[Any, Tensor]:
         this = self.rounds[number]
         for piece in this.send:
@@ -163,18 +193,12 @@ class Exchange:
 
     def _work(self, this: Round, flat: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
         """The received pieces, put together, worked on by shape, and cut up for those that hold them."""
-        stacks: dict[tuple[int, ...], list[int]] = {}
-        for index, matrix in enumerate(this.owned):
-            stacks.setdefault(matrix.sizes, []).append(index)
-        made = {shape: flat.new_empty(len(each), *shape) for shape, each in stacks.items()}
-        slots = {index: made[shape][place] for shape, each in stacks.items() for place, index in enumerate(each)}
-        views = [_view(slots[slot.place], slot.span) for slot in this.receive]
+        stacks = _Stacks(this.owned, flat.dtype, flat.device)
+        views = [stacks.of(slot) for slot in this.receive]
         if views:
             torch._foreach_copy_(views, _cut(flat, views))
-        for shape, whole in made.items():
-            result = work(whole.view(-1, *shape[-2:])).view(whole.shape)
-            slots |= {index: result[place] for place, index in enumerate(stacks[shape])}
-        return self._flat([_view(slots[slot.place], slot.span) for slot in this.give])
+        stacks.work(work)
+        return self._flat([stacks.of(slot) for slot in this.give])
 
     def _apply(
         self, handle: Any, flat: Tensor, this: Round, apply: Callable[[list[Piece], list[Tensor]], None]
@@ -197,6 +221,27 @@ class Exchange:
             return None, flat
         out = flat.new_empty(sum(coming))
         return dist.all_to_all_single(out, flat, coming, going, group=self.group, async_op=True), out
+
+
+class _Stacks:
+    """The matrices that this rank works on in a round, those of one shape side by side; after `work` the results."""
+
+    def __init__(self, owned: Sequence[Matrix], dtype: torch.dtype, device: torch.device):
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, matrix in enumerate(owned):
+            alike.setdefault(matrix.sizes, []).append(index)
+        self.places = {index: (shape, place) for shape, each in alike.items() for place, index in enumerate(each)}
+        self.stacks = {
+            shape: torch.empty(len(each), *shape, dtype=dtype, device=device) for shape, each in alike.items()
+        }
+
+    def of(self, slot: Slot) -> Tensor:
+        shape, place = self.places[slot.place]
+        return _view(self.stacks[shape][place], slot.span)
+
+    def work(self, work: Callable[[Tensor], Tensor]) -> None:
+        for shape, whole in self.stacks.items():
+            self.stacks[shape] = work(whole.view(-1, *shape[-2:])).view(whole.shape)
 
 
 def _wait(handle: Any, flat: Tensor) -> Tensor:

@@ -158,10 +158,8 @@ class Muon(Optimizer):
         chosen = [index for index, piece in enumerate(pieces) if self.parameters[piece.part].grad is not None]
         targets = [pieces[index].of(weights[index]) for index in chosen]
         if targets:
-            updates = torch._foreach_mul(
-                [results[index].to(targets[0].dtype) for index in chosen],
-                [self.config.scale(pieces[index].matrix) for index in chosen],
-            )
+            updates = [results[index].to(targets[0].dtype) for index in chosen]
+            torch._foreach_mul_(updates, [self.config.scale(pieces[index].matrix) for index in chosen])
             torch._foreach_add_(targets, updates, alpha=-lr)
 
     def _adamw(self) -> None:
