@@ -13,6 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from parallel.compilation import is_compiled
 
 Recompute = Literal["none", "full", "selective"]
+Mode = Literal["none", "full", "selective", "mixer", "ffn"]
+"""Of one block: as above, or one of its two sublayers alone in full."""
 
 # What is dear to compute and cheap to keep: matrix products and fused attention. All else is computed again.
 KEPT = frozenset(
@@ -29,9 +31,10 @@ KEPT = frozenset(
 )
 
 
-def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
+def apply_recompute(blocks: Iterable[nn.Module], mode: Mode) -> None:
     """Frees activations inside each block after its forward pass and computes them again in the backward pass.
 
+    mixer, ffn: the activations of this sublayer alone; a block without one stays as it is.
     full: only a block's inputs are kept. selective: the results of matrix products and of attention are kept, too. Call it before
     the blocks are sharded, and after they are compiled. What is compiled is selective by itself: its backward
     pass computes again all that can be fused.
@@ -44,8 +47,10 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
     for block in blocks:
         if mode == "selective" and is_compiled(block):
             continue
-        # In place of the method, not around the module: parameters keep their names, and FSDP2 its hooks.
-        block.forward = partial(checkpoint, block.forward, **options)
+        part = getattr(block, mode) if mode in ("mixer", "ffn") else block
+        if part is not None:
+            # In place of the method, not around the module: parameters keep their names, and FSDP2 its hooks.
+            part.forward = partial(checkpoint, part.forward, **options)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

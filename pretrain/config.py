@@ -44,6 +44,9 @@ class TrainConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: Recompute = "none"
     """Activation checkpointing: full keeps only each block's input, selective also the results of matrix products."""
+    memory_budget: float | None = Field(None, gt=0)
+    """GiB that a step may take on a rank by the estimate of --dry-run. In place of `recompute`: of each layer that much is
+    computed again that the step fits, cheapest byte first; the choice is printed. null for none."""
     compile: bool = False
     """torch.compile for every block; blocks that are alike share their programs. The first step is slow; worth it on GPUs."""
     compile_cache: Path | None = None

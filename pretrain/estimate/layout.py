@@ -19,8 +19,12 @@ def rank_costs(model: ModelCosts, config: RunConfig, grid: Grid, ranks_per_node:
 
     Memory is that of a GPU, where operators take other forms than on a CPU, unless train.device is cpu. All is arithmetic, except
     in the first call with a new cut of the layers (mesh.tp, mesh.ep, sequence length, precision, recomputation): it follows each
-    kind of layer once.
+    kind of layer once. With train.memory_budget, those of the recomputation that fits it (budget.py).
     """
+    if config.train.memory_budget is not None:
+        from pretrain.estimate.budget import costs_within  # which is made of calls of this function
+
+        return costs_within(model, config, grid, ranks_per_node)
     length = config.data.sequence_length
     assert config.optimizer == model.optimizer, "parameters know what their optimizer keeps"
     setting = Setting(

@@ -9,7 +9,7 @@ from parallel.context import apply_context, check_context
 from parallel.expert import apply_experts, check_experts, share_loads
 from parallel.grid import Grid
 from parallel.mesh import Mesh
-from parallel.recompute import apply_recompute
+from parallel.recompute import Mode, apply_recompute
 from parallel.tensor import apply_tensor, check_tensor
 from pretrain.config import ConfigError, RunConfig
 from pretrain.model.decoder import Decoder
@@ -42,6 +42,24 @@ def check_model(config: RunConfig, grid: Grid, model: Decoder) -> None:
     if grid.pp > 1:
         check_pipeline(config, model, grid)
     check_cuts(config, grid, model)
+    describe_memory(config, grid)
+
+
+def describe_memory(config: RunConfig, grid: Grid) -> list[str]:
+    """For people: what train.memory_budget leads to. Raises ConfigError where it is too small."""
+    budget = config.train.memory_budget
+    if budget is None:
+        return []
+    if config.train.recompute != "none":
+        raise ConfigError(
+            f"train.memory_budget chooses what is computed again in place of train.recompute={config.train.recompute}; "
+            "leave one of them out"
+        )
+    if config.model.vocabulary is None:
+        return []  # known when the data has been opened
+    from pretrain.estimate.budget import choose
+
+    return choose(config, grid).lines(budget)
 
 
 def check_cuts(config: RunConfig, grid: Grid, model: Decoder) -> None:
@@ -121,4 +139,15 @@ def apply(model: Decoder, config: RunConfig, mesh: Mesh) -> None:
     blocks = list(model.layers())
     if config.train.compile:
         apply_compile(blocks)
-    apply_recompute(blocks, config.train.recompute)
+    for block, mode in zip(blocks, modes(model, config, mesh.grid), strict=True):
+        apply_recompute([block], mode)
+
+
+def modes(model: Decoder, config: RunConfig, grid: Grid) -> list[Mode]:
+    """How each layer that a decoder or a stage of one holds is recomputed."""
+    if config.train.memory_budget is None:
+        return [config.train.recompute for _ in model.layers()]
+    from pretrain.estimate.budget import choose
+
+    chosen = choose(config, grid).modes
+    return [mode for block, mode in zip(model.blocks, chosen, strict=True) if block is not None]

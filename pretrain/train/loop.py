@@ -214,7 +214,7 @@ def _announce(run: Run, parts: Assembled, progress: Progress) -> None:
         progress.say(parts.mesh.draw())
     start = f"starting from {config.train.initial}" if config.train.initial else "starting from scratch"
     progress.say(f"resumed after step {run.step}" if parts.resumed else start)
-    for text in parts.loader.describe():
+    for text in (*parts.loader.describe(), *layout.describe_memory(config, parts.mesh.grid)):
         progress.say(text)
 
 

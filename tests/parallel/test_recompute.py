@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.recompute import Recompute, apply_recompute
+from parallel.recompute import Mode, apply_recompute
 from pretrain.model.decoder import Decoder
 from tests.pretrain.families import FAMILIES, build
 
@@ -18,9 +18,14 @@ def run(model: Decoder) -> tuple[Tensor, dict[str, Tensor | None]]:
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recomputation_changes_no_bit(family: str, mode: Recompute) -> None:
+EVERY = [(family, mode) for family in FAMILIES for mode in ("full", "selective")]
+PARTS = [
+    (family, mode) for family in ("ZAYA1", "Qwen3-Next", "Mamba-2, one sublayer a layer") for mode in ("mixer", "ffn")
+]
+
+
+@pytest.mark.parametrize(("family", "mode"), EVERY + PARTS)
+def test_recomputation_changes_no_bit(family: str, mode: Mode) -> None:
     plain, again = build(family), build(family)
     apply_recompute(again.blocks, mode)
     (loss, gradients), (loss_again, gradients_again) = run(plain), run(again)
@@ -32,7 +37,7 @@ def test_recomputation_changes_no_bit(family: str, mode: Recompute) -> None:
         assert gradient is None or other is None or torch.equal(gradient, other), name
 
 
-def held(mode: Recompute) -> int:
+def held(mode: Mode) -> int:
     """Bytes that the forward pass leaves for the backward pass, the parameters not counted."""
     model = build("mixer gated_delta_net", width=64, layers=["gated_delta_net + swiglu x6"]).train()
     apply_recompute(model.blocks, mode)
@@ -52,5 +57,6 @@ def held(mode: Recompute) -> int:
 def test_recomputation_holds_less() -> None:
     stream = 2 * 128 * 64 * 4  # bytes of the residual stream: what "full" keeps for each of the six blocks
     none, full = held("none"), held("full")
+    assert full < held("ffn") < none and full < held("mixer") < none
     assert full < 0.3 * none
     assert full < 10 * stream
