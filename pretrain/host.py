@@ -53,6 +53,8 @@ def settle(config: CpuConfig, local_rank: int, local_world: int) -> list[str]:
         torch.set_num_threads(threads)
     if config.keep_memory:
         keep_memory(os.environ)
+    if threads is not None and threads > len(own):
+        return [f"{threads} threads share {len(own)} core(s): cpu.threads={len(own)} is faster"]
     if config.threads is None and told == "1" and fair > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         return [
             f"1 thread a rank, as OMP_NUM_THREADS says (torchrun sets it): with cpu.threads={fair} all {len(cores)} cores work"
