@@ -80,7 +80,9 @@ def _memory(config: RunConfig, grid: Grid, costs: RankCosts) -> Iterator[Row]:
     yield "  gradients", _gib(costs.gradients)
     yield "  optimizer", _gib(costs.optimizer)
     how = {"none": "no recomputation", "full": "full recomputation", "selective": "selective recomputation"}
-    per = f"micro-batch of {costs.tokens} tokens, {how[config.train.recompute]}"
+    budget = config.train.memory_budget
+    recomputed = how[config.train.recompute] if budget is None else f"recomputed to fit {budget:g} GiB"
+    per = f"micro-batch of {costs.tokens} tokens, {recomputed}"
     yield "  activations", f"{_gib(costs.activations)} ({per})"
     yield "  buffers", f"{_gib(costs.buffers)} (gathered parameters and gradients on their way)"
 
