@@ -21,6 +21,7 @@ from launch.plan.room import remedies
 from launch.plan.search import QUICK_PP, RECOMPUTE, Progress, Search
 from launch.plan.sizing import advice
 from launch.plan.source import Question, ask, with_
+from launch.plan.step_time import update_bytes
 from launch.plan.sweep import COUNTS, curves, no_layout
 from pretrain.config import ConfigError
 from pretrain.exit import ERROR, FINISHED
@@ -238,7 +239,7 @@ def rules(arguments: argparse.Namespace, question: Question) -> list[str]:
         "matrices take through memory",
         "element-wise work moves each byte that the forward pass keeps five times: written, read, read in the backward pass, "
         "its gradient written and read; under autocast each weight is cast, and its gradient added, once a micro-batch",
-        "AdamW reads and writes 84 bytes a parameter (torch's foreach form), clipping 8 more",
+        f"the optimizer reads and writes {update_bytes(question.config):.0f} bytes a parameter, clipping 8 more",
         "recomputed activations take their FLOPs again, at the rate of the first time, and their bytes twice",
         "messages take alpha + bytes x factor / busbw by the fabric section, all ranks at once and none beside another",
         f"messages that can overlap do so with {question.overlap:.0%} of the computation of the micro-batches they belong to, "

@@ -16,7 +16,9 @@ from pretrain.estimate.costs import Collective, Matmul, RankCosts, StageCosts
 # What one byte that a forward pass keeps for its backward moves through memory: written, read by what comes next, read in the
 # backward pass, and its gradient written and read.
 TRAFFIC = 5.0
-# AdamW as torch's foreach form does it, 12 arrays read or written more than once, and the gradient norm: bytes a parameter.
+# Bytes a parameter that an update reads and writes. FUSED: AdamW by torch's fused kernel, four arrays read and three written.
+# UPDATE: 12 arrays read or written more than once, as torch's foreach form does it. And the gradient norm.
+FUSED = 28.0
 UPDATE = 84.0
 CLIP = 8.0
 # Under autocast each fp32 weight is read and its bf16 copy written, once a micro-batch, and its gradient is read in bf16, added
@@ -109,6 +111,12 @@ def _time_of(stage: StageCosts, costs: RankCosts, of_stage: dict[int, StepTime])
     return next(of_stage[id(other)] for other in costs.stages if id(other) in of_stage and _likeness(other) == like)
 
 
+def update_bytes(config: RunConfig) -> float:
+    optimizer = config.optimizer
+    fused = optimizer.kind == "muon" or (optimizer.kind == "adamw" and optimizer.fused is not False)
+    return FUSED if fused else UPDATE
+
+
 def _stage(
     stage: StageCosts,
     costs: RankCosts,
@@ -129,7 +137,7 @@ def _stage(
         recomputed = (products + arithmetic) * stage.recomputed / stage.flops
     if config.train.recompute != "none":
         recomputed += chip.stream(2.0 * kept * costs.micro_batches)  # written and read once more
-    update = (UPDATE + (CLIP if config.train.clip is not None else 0.0)) * stage.parameters
+    update = (update_bytes(config) + (CLIP if config.train.clip is not None else 0.0)) * stage.parameters
     offload = getattr(config.engine, "offload", "none") != "none"
     optimizer = 8.0 * stage.parameters / HOST_LINK + update / HOST_STREAM if offload else chip.stream(update)
     optimizer += stage.update / chip.ceiling  # its own matrix products

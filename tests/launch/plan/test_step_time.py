@@ -6,11 +6,13 @@ import pytest
 
 from launch.plan.chip import RAMP, Chip
 from launch.plan.source import with_
-from launch.plan.step_time import CASTS, CLIP, TRAFFIC, UPDATE, step_time
+from launch.plan.step_time import CASTS, CLIP, FUSED, TRAFFIC, UPDATE, step_time
 from parallel.fabric.topology import Fabric, Switch
 from pretrain.config import RunConfig
 from pretrain.estimate.costs import Collective
 from pretrain.estimate.hardware import Hardware
+from pretrain.optim.adamw import AdamWConfig
+from pretrain.optim.lamb import LAMBConfig
 from tests.launch.plan.cases import BANDWIDTH, RUN, chip, costs
 
 # all_gather of S bytes over 2 ranks: S / 2 / 1e9 seconds.
@@ -49,9 +51,12 @@ def test_a_pipeline_of_equal_stages_takes_micro_batches_plus_stages_minus_one() 
 def test_memory_and_update_by_bytes() -> None:
     found = time(costs(seconds=1.0, micro_batches=2, parameters=1_000_000), kept=3e6)
     assert found.memory == pytest.approx(2 * CAST + TRAFFIC * 2 * 3e6 / BANDWIDTH)
-    assert found.optimizer == pytest.approx(UPDATE * 1e6 / BANDWIDTH)
+    assert found.optimizer == pytest.approx(FUSED * 1e6 / BANDWIDTH)
     clipped = time(costs(parameters=1_000_000), with_(CONFIG, train={"clip": 1.0}))
-    assert clipped.optimizer == pytest.approx((UPDATE + CLIP) * 1e6 / BANDWIDTH)
+    assert clipped.optimizer == pytest.approx((FUSED + CLIP) * 1e6 / BANDWIDTH)
+    for optimizer in (AdamWConfig(fused=False), LAMBConfig()):
+        unfused = time(costs(parameters=1_000_000), CONFIG.model_copy(update={"optimizer": optimizer}))
+        assert unfused.optimizer == pytest.approx(UPDATE * 1e6 / BANDWIDTH)
 
 
 def test_recomputation_takes_its_flops_again() -> None:
