@@ -20,7 +20,7 @@ from parallel.bench.interrupt import Stop
 from parallel.bench.operations import OPERATIONS
 from parallel.bench.summary import increments
 from parallel.bench.sweep import Bench, Task
-from parallel.bench.timing import Control, Plan, host_clock
+from parallel.bench.timing import Clock, Control, Plan, host_clock
 from parallel.processes import Processes, join
 
 Answer = tuple[int, str, str]
@@ -158,34 +158,45 @@ def same_iterations(rank: int, world: int, size: int, count: int) -> dict[str, A
         return {"ours": ours, "bare": control.maxima([bare])[0], "added": added}
 
 
-def against_bare(rank: int, world: int, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
-    """For each size, microseconds of one all_reduce by the bench and twice by a bare loop, in turn, about 20 ms each time.
+def against_bare(rank: int, world: int, sizes: list[int], seconds: float) -> list[dict[str, Any]]:
+    """For each size, microseconds of one all_reduce by the bench's clock and twice by a bare loop, in turn, for so many seconds.
 
-    The two bare ones differ by what the machine does, and by nothing else.
+    A turn is short, about 4 ms, and nothing comes between turns: the ranks stay in step, and what the machine does meets
+    neighbours alike. The two bare ones differ by what the machine does, and by nothing else.
     """
     processes: Processes = join("cpu")
     (team,) = teams([Shape("world", world)], rank, world, False, processes.timeout)
     found = []
     with Stop() as stop:
         control = Control(processes, stop)
+        bench = Bench(control, Plan(), Launch(), "gloo", check=False)
         for size in sizes:
-            x = torch.ones(size // 4)
+            task = Task(team, OPERATIONS["all_reduce"], "fp32", (True,), (size,))
+            case = bench.case(task, size, True)
+            buffers = bench.buffers(task, case)
+            assert buffers is not None
+            work = task.operation.prepare(case, *buffers)
+            clock, x = bench.clock(task, work), work.inputs[0].tensor.zero_()
+
+            def ours(count: int, clock: Clock = clock) -> float:
+                return clock(count)[-1]
 
             def bare(count: int, x: torch.Tensor = x) -> float:
-                dist.barrier()
-                for _ in range(2):  # after the barrier, which ranks leave apart: the loop begins in step
-                    dist.all_reduce(x)
-                start = time.perf_counter()
+                start = time.perf_counter_ns()
                 for _ in range(count):
                     dist.all_reduce(x)
-                return (time.perf_counter() - start) / count * 1e6
+                return (time.perf_counter_ns() - start) / 1000
 
-            count = max(5, int(2e4 / control.maxima([min(bare(5) for _ in range(5))])[0]))
-            bench = Bench(control, Plan(warmup=2, iterations=count), Launch(), "gloo", check=False)
-            task = Task(team, OPERATIONS["all_reduce"], "fp32", (True,), (size,))
-            times: dict[str, list[float]] = {"ours": [], "bare": [], "again": []}
-            for turn in range(rounds):
-                for which in [*times, *times][turn % 3 :][:3]:
-                    times[which].append(next(iter(bench.rows(task))).microseconds if which == "ours" else bare(count))
-            found.append({"bytes": size, "iterations": count, **times})
+            estimate = control.maxima([min(bare(5) for _ in range(5)) / 5])[0]
+            count = max(1, int(4e3 / estimate))
+            turns = max(30, int(seconds * 1e6 / (3 * count * estimate)))
+            loops = {"ours": ours, "bare": bare, "again": bare}
+            times: dict[str, list[float]] = {name: [] for name in loops}
+            bare(3)  # in step
+            for turn in range(turns):
+                for which in [*loops, *loops][turn % 3 :][:3]:
+                    times[which].append(loops[which](count) / count)
+            found.append(
+                {"bytes": size, "iterations": count} | {name: control.maxima(all_) for name, all_ in times.items()}
+            )
     return found
