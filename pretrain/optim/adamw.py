@@ -19,8 +19,8 @@ NEVER_DECAYED = ("embedding.weight", ".conv", ".depthwise", ".grouped", ".A_log"
 class AdamWConfig(MomentsConfig):
     kind: Literal["adamw"] = "adamw"
     fused: bool | None = None
-    """All of the update in one pass over memory, by torch's fused kernel, instead of ten. null: where torch has one for the device.
-    The results differ from the other form's in the last bits."""
+    """All of the update in one pass over memory, by torch's fused kernel, instead of ten. null: where torch has one for the
+    device. The results differ from the other form's in the last bits."""
 
     def check(self, engine: str) -> None:
         """Works under every engine."""
