@@ -204,7 +204,7 @@ def test_the_shipped_tables_hold_every_kernel_of_every_architecture():
             continue
         assert set(table) == kernels, name
         for kernel, entry in table.items():
-            if kernel != "delta_rule_segments":
+            if kernel not in ("delta_rule_segments", "experts_tile"):  # sizes that several kernels share; no launches
                 assert {"num_warps", "num_stages"} <= set(entry.default), (name, kernel)
             foreign = tuning.NVIDIA_ONLY if name.startswith("gfx") else tuning.AMD_ONLY
             assert not foreign & {option for use in (entry.default, *(r.use for r in entry.rows)) for option in use}

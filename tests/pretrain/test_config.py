@@ -29,7 +29,7 @@ WRONG = [
     ("engine.kind=torh", "engine.kind = 'torh': no such kind; did you mean 'torch'? valid kinds: torch, deepspeed"),
     (
         "engine.stage=2",
-        "engine.stage: unknown key; valid keys: bucket_bytes, kind, reduce_each_micro_batch, reshard_after_forward",
+        "engine.stage: unknown key; valid keys: bucket_bytes, kind, prefetch, reduce_each_micro_batch, reshard_after_forward",
     ),
     ("optimiser.lr=3", "optimiser: unknown key; did you mean 'optimizer'?"),
     ("schedule.warmup=-1", "schedule.warmup = -1: input should be greater than or equal to 0"),
