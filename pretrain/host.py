@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 
 from parallel.config import Strict
+from parallel.cores import members
 
 NODES = Path("/sys/devices/system/node")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -85,25 +86,16 @@ def share(
 
 
 def nodes(folder: Path = NODES) -> list[list[int]]:
-    """The cores of each memory node; one empty list of nodes where the system does not say."""
+    """The cores of each memory node; an empty list where the system does not say."""
     found = []
     for node in sorted(folder.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
         try:
             text = (node / "cpulist").read_text().strip()
         except OSError:
             continue
-        if cores := cpulist(text):
+        if cores := sorted(members(text)):
             found.append(cores)
     return found
-
-
-def cpulist(text: str) -> list[int]:
-    """ "0-2,8" is 0, 1, 2, 8, as Linux writes sets of cores."""
-    cores: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cores += range(int(first), int(last or first) + 1)
-    return cores
 
 
 def keep_memory(environment: Mapping[str, str]) -> bool:

@@ -89,7 +89,7 @@ def _names(node: Node) -> list[Result]:
 
 
 def _threads(node: Node) -> list[Result]:
-    from launch.preflight.host import members
+    from parallel.cores import members
 
     match = re.search(r"^Cpus_allowed_list:\s*(\S+)", node.read("proc/self/status") or "", re.MULTILINE)
     allowed = len(members(match[1])) if match else 0

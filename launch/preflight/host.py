@@ -12,6 +12,7 @@ from typing import Any
 from launch.preflight.check import Check, Result, failed, not_checked, passed, size, warned
 from launch.preflight.gpus import inventory, on_bus
 from launch.preflight.node import Node
+from parallel.cores import members
 
 GIB = 1 << 30
 UNLIMITED = resource.RLIM_INFINITY
@@ -220,15 +221,6 @@ def iommu(node: Node) -> list[Result]:
     if "iommu=pt" in words or "iommu.passthrough=1" in words:
         return [passed("the IOMMU passes addresses through (iommu=pt)")]
     return [warned("the IOMMU translates what GPUs send each other: boot with iommu=pt, as RCCL asks for", line=line)]
-
-
-def members(text: str) -> set[int]:
-    """The kernel's lists: "0-3,8" -> {0, 1, 2, 3, 8}. Raises ValueError for anything else."""
-    found: set[int] = set()
-    for part in filter(None, text.split(",")):
-        low, _, high = part.partition("-")
-        found |= set(range(int(low), int(high or low) + 1))
-    return found
 
 
 def _cgroup(node: Node, name: str) -> Path | None:

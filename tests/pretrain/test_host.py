@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.host import CpuConfig, cpulist, keep_memory, nodes, settle, share
+from parallel.cores import members
+from pretrain.host import CpuConfig, keep_memory, nodes, settle, share
 from tests.pretrain.train.small_run import train_on_rank
 from tests.ranks import TRAINING, run_ranks
 
@@ -20,8 +21,8 @@ ALL = list(range(8))
 
 
 def test_sets_of_cores_as_linux_writes_them(tmp_path: Path) -> None:
-    assert cpulist("0-2,8") == [0, 1, 2, 8]
-    assert cpulist("") == []
+    assert sorted(members("0-2,8")) == [0, 1, 2, 8]
+    assert sorted(members("")) == []
     for index, text in ((0, "0-3"), (1, ""), (10, "6"), (2, "4,5")):
         (tmp_path / f"node{index}").mkdir()
         (tmp_path / f"node{index}" / "cpulist").write_text(text + "\n")
