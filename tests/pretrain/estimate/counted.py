@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.benching.contenders import forced
+from pretrain.estimate.memory import outside
 from pretrain.model.sequence import SequenceContext
 
 aten = torch.ops.aten
@@ -63,6 +64,29 @@ def _joined(like: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     return torch.zeros_like(like) + torch.as_tensor(rest).to(like.dtype)
 
 
+class _Defined(torch.autograd.Function):
+    """An operator by its definition, whose products are counted as those of its fast form are made: with gradients off in the
+    forward pass, so that selective checkpointing keeps none of them. What the fast form makes once more in its backward pass is
+    not counted."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, options: dict[str, Any], *inputs: Tensor) -> Any:
+        ctx.save_for_backward(*inputs)
+        ctx.operator, ctx.options = operator, options
+        with forced("reference"):
+            return operator(*inputs, **options)[:-1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+
+        def graph() -> Any:
+            with forced("reference"):
+                return ctx.operator(*inputs, **ctx.options)[:-1]
+
+        return None, None, *torch.autograd.grad(outside(graph), inputs, gradients)
+
+
 @contextmanager
 def still() -> Iterator[None]:
     """Within it, recurrences and short convolutions make no product."""
@@ -75,10 +99,7 @@ def still() -> Iterator[None]:
 
     def look_back(self: Any, operator: Any, x: Tensor, *parameters: Tensor, reach: int, **options: Any) -> Any:
         options = {name: value for name, value in options.items() if name not in ("cache", "name")}
-        with forced(
-            "reference"
-        ):  # the products of its definition, which the fast form makes once more in its backward pass
-            return operator(x, *parameters, cu_seqlens=self.cu_seqlens, **options)[:-1]
+        return _Defined.apply(operator, {"cu_seqlens": self.cu_seqlens, **options}, x, *parameters)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SequenceContext, "convolve", convolve)
