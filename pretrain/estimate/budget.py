@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any
 
 from parallel.grid import Grid
 from parallel.recompute import Mode
@@ -21,6 +20,7 @@ from pretrain.estimate.layout import RankCosts, rank_costs
 from pretrain.estimate.model import Kind, ModelCosts, Way
 from pretrain.estimate.parameters import Cutting
 from pretrain.estimate.trace import Traced
+from pretrain.estimate.work import recomputed
 
 GIB = 2.0**30
 WAYS: tuple[Mode, ...] = ("selective", "mixer", "ffn", "full")
@@ -127,11 +127,10 @@ def _after(modes: Sequence[Mode], steps: Sequence[Step]) -> list[Mode]:
 def again(kind: Kind, mode: Mode, model: ModelCosts, config: RunConfig, grid: Grid, tokens: int) -> tuple[float, float]:
     """(bytes that a layer of this kind keeps, FLOPs that it computes again) for a micro-batch in this way."""
     length = config.data.sequence_length
-    as_run: Any = mode
-    way = Way(Cutting.of(grid), as_run, config.train.precision == "bf16", config.train.device != "cpu")
+    way = Way(Cutting.of(grid), mode, config.train.precision == "bf16", config.train.device != "cpu")
     measured = kind.traced(model.width, length, way).measured(tokens)
-    others = _others(kind, mode, length / 2) * tokens / grid.tp
-    return measured.inner + measured.stream + measured.state, measured.again + others
+    flops = recomputed(kind, ((length, tokens / length),), way, measured)
+    return measured.inner + measured.stream + measured.state, flops
 
 
 def _steps(
@@ -162,15 +161,6 @@ def curve(points: Sequence[tuple[float, float, Mode]]) -> list[tuple[float, Mode
     return steps
 
 
-def _others(kind: Kind, mode: Mode, context: float) -> float:
-    """FLOPs a token that a way computes again and that are no matrix products: attention's and recurrences'."""
-    mixer = kind.block.mixer
-    if mixer is None or mode in ("none", "ffn"):
-        return 0.0
-    products = 2.0 * sum(parameter.numel() for parameter in mixer.parameters() if parameter.dim() > 1)
-    return max(0.0, mixer.flops_per_token(context) - products)
-
-
 @dataclass(eq=False)
 class KindIn(Kind):
     """Layers that are alike and run in one way."""
@@ -178,8 +168,7 @@ class KindIn(Kind):
     mode: Mode = field(default="none")
 
     def traced(self, width: int, length: int, way: Way) -> Traced:
-        as_run: Any = self.mode
-        return super().traced(width, length, replace(way, recompute=as_run))
+        return super().traced(width, length, replace(way, recompute=self.mode))
 
 
 def with_modes(model: ModelCosts, modes: Sequence[Mode]) -> ModelCosts:

@@ -48,13 +48,16 @@ class Kind:
     _traces: dict[tuple[int, Way], Traced] = field(default_factory=dict, repr=False)
     _parts: dict[Cutting, tuple[Part, ...]] = field(default_factory=dict, repr=False)
     _weighed: dict[tuple[Cutting, int, int], Weighed] = field(default_factory=dict, repr=False)
-    _flops: dict[int, Forward] = field(default_factory=dict, repr=False)
+    _flops: dict[tuple[int, str | None], Forward] = field(default_factory=dict, repr=False)
 
-    def forward(self, length: int) -> Forward:
-        """FLOPs of its forward pass for one token of a document of so many, on average."""
-        if length not in self._flops:
-            self._flops[length] = Forward.sum(per_token(part, length) for part in self.block.sublayers())
-        return self._flops[length]
+    def forward(self, length: int, only: str | None = None) -> Forward:
+        """FLOPs of its forward pass, or of one sublayer's (mixer, ffn), for one token of a document of so many, on average."""
+        key = length, only
+        if key not in self._flops:
+            own = None if only is None else getattr(self.block, only)
+            parts = self.block.sublayers() if only is None else () if own is None else (own,)
+            self._flops[key] = Forward.sum(per_token(part, length) for part in parts)
+        return self._flops[key]
 
     def traced(self, width: int, length: int, way: Way) -> Traced:
         """What a layer keeps, needs, sends and multiplies; tens of milliseconds at the first call with these arguments."""

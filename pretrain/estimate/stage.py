@@ -140,7 +140,7 @@ def work(setting: Setting, held: Held) -> Work:
     again = 0.0
     for kind, count in held.counts.items() if way.recompute != "none" else ():
         measured, rows = setting.measured(kind), ((length, setting.tokens / length),)
-        again += count * recomputed(kind, rows, way, measured.products, measured.again) * setting.micro_batches
+        again += count * recomputed(kind, rows, way, measured) * setting.micro_batches
     return Work(useful=total.training, recomputed=again, remade=total.remade)
 
 

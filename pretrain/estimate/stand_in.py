@@ -53,7 +53,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product of the forward pass: [rows, k] x [k, n], `count` of them; what: of which module.
+    """A matrix product of the forward pass: [rows, k] x [k, n], `count` of them; what: of which module; part: the layer's
+    sublayer that makes it (mixer, ffn), or nothing.
 
     kept: selective recomputation keeps its result.
     """
@@ -63,6 +64,7 @@ class Product:
     n: int
     k: int
     count: int
+    part: str
     kept: bool = True
 
     @property
@@ -87,6 +89,11 @@ class Notes:
     """Bytes of rotary tables, which all layers share."""
     rows: int = 0
     """Selected pairs of one expert, where a layer routes different numbers of experts to its tokens."""
+
+    def multiply(self, what: str, rows: float, n: int, k: int, count: int, kept: bool = True) -> None:
+        """Takes down a product of the module that runs."""
+        part = next((name for name in self.names if name in ("mixer", "ffn")), "")
+        self.products[self.phase].append(Product(what, rows, n, k, count, part, kept))
 
     def send(self, axis: str, op: str, what: str, nbytes: float, **more: Any) -> None:
         """Takes down a message."""
@@ -254,10 +261,9 @@ class Experts:
         choices, rows = indices.numel(), alignment(tokens) if not self.notes.gpu else 1
         held = -(-choices // E // rows) * rows * E if choices else 0
         held = max(held, choices)
-        products = self.notes.products[self.notes.phase]
         W = gate_up.shape[2]  # 2 F with gates
-        products.append(Product("experts.gate_up", choices / E, W, D, E, kept=False))
-        products.append(Product("experts.down", choices / E, D, F, E, kept=False))
+        self.notes.multiply("experts.gate_up", choices / E, W, D, E, kept=False)
+        self.notes.multiply("experts.down", choices / E, D, F, E, kept=False)
         item = tokens.element_size()
         cast = 0 if gate_up.dtype == tokens.dtype else (W + F) * D * item
         if self.notes.gpu:  # hidden activations of all rows; all matrices in the tokens' precision
@@ -522,7 +528,7 @@ def _queries_and_keys(notes: Notes, z: Tensor, *parameters: Tensor) -> tuple[Ten
     J, rows, d = grouped.shape
     HKV, W1, item = factor.numel(), rows // d, z.element_size()
     # Gradients are off inside the operator, whose backward makes the convolutions again.
-    notes.products[notes.phase].append(Product("cca.grouped", B * T, d, rows, J, kept=False))
+    notes.multiply("cca.grouped", B * T, d, rows, J, kept=False)
     if notes.gpu:
         # Both convolutions as one; the gradients of what is normalised, and sums of each program.
         taps = 4 * J * d * d * (depthwise.shape[1] + W1 - 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 
-from parallel.recompute import Recompute, apply_recompute
+from parallel.recompute import Mode, apply_recompute
 from pretrain.estimate.flops import per_token
 from pretrain.estimate.memory import Memory
 from pretrain.estimate.parameters import Cutting
@@ -40,7 +40,8 @@ class Measured:
     router's state) as far as it is kept; own_stream, own_state: of what goes out, as far as this layer itself keeps it. forward:
     the most at a time in the forward pass, all of these included, and backward in the backward pass. shared: tables that all
     layers share.
-    products: FLOPs of the forward pass's matrix products; again: of those that recomputation does once more.
+    products: FLOPs of the forward pass's matrix products, where only a sublayer is recomputed, of that one's; again: of those
+    that recomputation does once more.
     """
 
     inner: float
@@ -89,7 +90,7 @@ class Way:
     """How a layer is run. gpu: by the operators' forms for GPUs."""
 
     cutting: Cutting
-    recompute: Recompute
+    recompute: Mode
     bf16: bool
     gpu: bool
 
@@ -186,7 +187,8 @@ class _Run:
         return Measured(
             inner=max(0, inner), weights=within - kept, stream=stream, state=state, own_stream=own_stream,
             own_state=own_state, forward=forward, backward=memory.peak, shared=sum(notes.shared.values()),
-            products=sum(p.flops for p in first), again=max(0.0, again),
+            products=sum(p.flops for p in first if self.way.recompute in (p.part, "none", "full", "selective")),
+            again=max(0.0, again),
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- what has no shape
@@ -231,7 +233,7 @@ class _Run:
             a, b = args[1:3] if func is aten.addmm.default else args[:2]
             count = a.shape[0] if func is aten.bmm.default else 1
             name = self.notes.names[-1] if self.notes.names else ""
-            self.notes.products[self.notes.phase].append(Product(name, a.shape[-2], b.shape[-1], a.shape[-1], count))
+            self.notes.multiply(name, a.shape[-2], b.shape[-1], a.shape[-1], count)
 
 
 class _Begin(torch.autograd.Function):

@@ -5,32 +5,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from torch import Tensor
 
 from parallel.grid import Grid
+from parallel.recompute import Mode
 from pretrain.config import RunConfig
 from pretrain.data.batch import IGNORE, Batch
 from pretrain.estimate.flops import Documents, Forward, Work, documents
 from pretrain.estimate.model import Kind, ModelCosts, Way
 from pretrain.estimate.parameters import Cutting
-from pretrain.estimate.trace import Traced
+from pretrain.estimate.trace import Measured, Traced
 from pretrain.estimate.update import update_flops
 
 
-def recomputed(kind: Kind, rows: Documents, way: Way, products: float, again: float) -> float:
+def recomputed(kind: Kind, rows: Documents, way: Way, measured: Measured) -> float:
     """FLOPs that one layer's checkpointing computes again on one rank of a tensor-parallel group, which shares them out evenly.
 
-    rows: documents that the group works on. products, again: FLOPs of matrix products in their forward pass on this rank, and
-    of those that are made once more (trace.py).
+    rows: documents that the group works on. measured: of as many tokens as they have.
     """
     if way.recompute == "none":
         return 0.0
-    forward = Forward.sum(kind.forward(length).times(length * count / way.cutting.tp) for length, count in rows)
-    others = forward.every - products  # recurrences and attention: what is no plain product
+    only = way.recompute if way.recompute in ("mixer", "ffn") else None
+    forward = Forward.sum(kind.forward(length, only).times(length * count / way.cutting.tp) for length, count in rows)
+    others = forward.every - measured.products  # recurrences and attention: what is no plain product
     if way.recompute == "selective" and not way.gpu:  # there attention's result is kept, too
         others -= forward.attention
-    return again + max(0.0, others)
+    return measured.again + max(0.0, others)
 
 
 class StepWork:
@@ -38,17 +40,18 @@ class StepWork:
 
     def __init__(self, config: RunConfig, grid: Grid, gpu: bool, model: ModelCosts | None = None):
         self.model = model or ModelCosts.of(config)
-        self.way = Way(Cutting.of(grid), config.train.recompute, config.train.precision == "bf16", gpu)
         self.grid, self.length = grid, config.data.sequence_length
         found = self.model.matrices(self.model.layers, last=True)
         # The mean over pipeline stages, as all else here.
         self.update = update_flops(config.optimizer, found, grid.world, gpu)
-        self.counts = Counter(self.model.layers)
-        self.traced: dict[Kind, Traced] = {}
-        if self.way.recompute != "none":  # the multi-token layer is never computed again
-            # A layer that cannot be followed without values ends no run: what it computes again is not counted.
-            with suppress(ValueError):
-                self.traced = {kind: kind.traced(self.model.width, self.length, self.way) for kind in self.counts}
+        way = Way(Cutting.of(grid), "none", config.train.precision == "bf16", gpu)
+        # The multi-token layer is never computed again.
+        pairs = zip(self.model.layers, _modes(config, grid, len(self.model.layers)), strict=True)
+        self.again = Counter((kind, replace(way, recompute=mode)) for kind, mode in pairs if mode != "none")
+        self.traced: dict[tuple[Kind, Way], Traced] = {}
+        # A layer that cannot be followed without values ends no run: what it computes again is not counted.
+        with suppress(ValueError):
+            self.traced = {(kind, way): kind.traced(self.model.width, self.length, way) for kind, way in self.again}
 
     def of(self, batches: Sequence[Batch]) -> Work:
         """FLOPs of a step: the mean of the ranks that work on these micro-batches together."""
@@ -73,10 +76,18 @@ class StepWork:
             every = documents(batch.cu_seqlens.diff().tolist())
             rows = tuple((length, count / self.grid.cp) for length, count in every)
             tokens = batch.tokens.numel() // self.grid.cp
-            for kind, count in self.counts.items():
-                measured = self.traced[kind].measured(tokens)
-                total += count * recomputed(kind, rows, self.way, measured.products, measured.again)
+            for (kind, way), count in self.again.items():
+                total += count * recomputed(kind, rows, way, self.traced[kind, way].measured(tokens))
         return total
+
+
+def _modes(config: RunConfig, grid: Grid, layers: int) -> Sequence[Mode]:
+    """How each layer of the whole model is recomputed, as a run does it (pretrain/train/layout.py)."""
+    if config.train.memory_budget is None:
+        return [config.train.recompute] * layers
+    from pretrain.estimate.budget import choose  # which rests on this module
+
+    return choose(config, grid).modes
 
 
 def _lengths(batches: Sequence[Batch]) -> tuple[Documents, Documents]:

@@ -14,8 +14,10 @@ from pretrain.estimate.budget import GIB, Choice, again, curve, fit, with_modes
 from pretrain.estimate.layout import rank_costs
 from pretrain.estimate.memory import Memory
 from pretrain.estimate.model import ModelCosts
+from pretrain.estimate.work import StepWork
 from pretrain.model.decoder import Decoder
 from pretrain.train import layout
+from tests.pretrain.estimate.counted import counter, still
 from tests.pretrain.estimate.settings import batches, config
 
 MODELS = ("gated delta net", "attention moe")
@@ -65,6 +67,22 @@ def test_a_step_fits_its_budget(name: str, share: float) -> None:
     assert real <= 1.02 * budget  # as exact as the estimate is
     assert costs.recomputed > 0
     assert any(mode != "full" for mode in chosen(run).modes)  # no more is computed again than is asked for
+
+
+def test_what_is_computed_again_is_counted() -> None:
+    """By a run's metrics as by its plan, and as torch counts it."""
+    low, high = extremes(of("attention moe"))
+    run = of("attention moe", low + 0.5 * (high - low))
+    costs, batch = rank_costs(ModelCosts.of(run), run, run.mesh.grid(1)), *batches(run)
+    work = StepWork(run, run.mesh.grid(1), gpu=False).of([batch])
+    assert (work.useful, work.recomputed, work.remade) == (costs.flops, costs.recomputed, costs.remade)
+    model = Decoder(run.model).train()
+    chosen = layout.modes(model, run, run.mesh.grid(1))
+    for block, mode in zip(model.layers(), chosen, strict=True):
+        apply_recompute([block], mode)
+    with still(), counter() as seen:
+        model(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens).backward()
+    assert work.hardware == seen.get_total_flops() and len(set(chosen)) > 1
 
 
 def test_few_flops_are_computed_again() -> None:

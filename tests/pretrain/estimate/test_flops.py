@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import mul
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from parallel.recompute import apply_recompute
 from pretrain.config import RunConfig
 from pretrain.data.batch import IGNORE, Batch
+from pretrain.estimate import budget
 from pretrain.estimate.flops import documents, keys, model_per_token, per_token
 from pretrain.estimate.layout import rank_costs
 from pretrain.estimate.model import ModelCosts
@@ -53,20 +56,25 @@ def row(*lengths: int) -> Batch:
     return Batch(tokens, tokens.roll(-1, 1), torch.tensor([0, *lengths]).cumsum(0).int())
 
 
-def counted_step(family: str, recompute: Any, batch: Batch) -> int:
+def counted_step(family: str, recompute: str | Sequence[str], batch: Batch) -> int:
+    """recompute: of all layers, or of each."""
     model = build(family).train()
-    apply_recompute(list(model.layers()), recompute)
+    layers = list(model.layers())
+    modes: Any = [recompute] * len(layers) if isinstance(recompute, str) else recompute
+    for layer, mode in zip(layers, modes, strict=True):
+        apply_recompute([layer], mode)
     with still(), counter() as seen:
         model(batch.tokens, targets=batch.targets, cu_seqlens=batch.cu_seqlens).backward()
     return seen.get_total_flops()
 
 
-def by_hand(family: str, passes: int) -> float:
-    """FLOPs of a row that torch does not see."""
-    mixers = [layer.mixer for layer in family_config(family).pattern()]
-    total = passes * TOKENS * sum(BY_HAND.get(mixer or "", 0.0) for mixer in mixers)
+def by_hand(family: str, *passes: int) -> float:
+    """FLOPs of a row that torch does not see. passes: through all layers, or through each."""
+    mixers = [layer.mixer or "" for layer in family_config(family).pattern()]
     # Values that a CPU's kernel fills up to the width of the keys: one product in a forward pass, two in a backward pass.
-    return total - mixers.count("mla") * passes * 2 * PAIRS * 2 * 4
+    filled = {"mla": 2 * PAIRS * 2 * 4}
+    each = [TOKENS * BY_HAND.get(mixer, 0.0) - filled.get(mixer, 0) for mixer in mixers]
+    return sum(map(mul, each, passes * len(each) if len(passes) == 1 else passes))
 
 
 @pytest.mark.parametrize("family", STEPS)
@@ -95,6 +103,40 @@ def test_a_step_with_checkpointing_is_what_torch_counts(family: str, recompute: 
     assert (
         StepWork(plain, plain.mesh.grid(1), gpu=False).of([batch]).useful == work.useful
     )  # recomputation is not useful
+
+
+def of_modes(family: str, *modes: Any) -> float:
+    """FLOPs that a run counts whose budget of memory has led to these ways of its layers."""
+    run, batch = run_of(family, memory_budget=1.0), row(*LENGTHS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "choose", lambda config, grid: budget.Choice(modes, (), (), ()))
+        work = StepWork(run, run.mesh.grid(1), gpu=False).of([batch])
+    assert (work.recomputed > 0) == (set(modes) != {"none"})
+    return work.hardware
+
+
+@pytest.mark.parametrize(
+    ("family", "modes"),
+    [
+        ("mixer attention", ("mixer", "none")),
+        ("mixer attention", ("full", "selective")),
+        ("mixer cca", ("mixer", "mixer")),
+        ("ffn moe", ("ffn", "full")),
+        ("ffn moe", ("mixer", "selective")),
+        ("ffn hourglass_lifted", ("ffn", "ffn")),
+        *(
+            pytest.param(family, modes, marks=pytest.mark.campaign)
+            for family in STEPS
+            for modes in (("mixer", "none"), ("none", "ffn"), ("selective", "mixer"))
+        ),
+    ],
+)
+def test_a_step_within_a_budget_of_memory_is_what_torch_counts(family: str, modes: tuple[str, ...]) -> None:
+    """Layers that are recomputed in different ways, and some of them not."""
+    selective = 3 if "mla" in family else 4  # which keeps attention's results
+    passes = {"none": 3, "ffn": 3, "mixer": 4, "full": 4, "selective": selective}
+    padded = by_hand(family, *(passes[mode] for mode in modes))
+    assert of_modes(family, *modes) == counted_step(family, modes, row(*LENGTHS)) + padded
 
 
 def test_every_kind_has_a_proof() -> None:
