@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from launch.step_bench.models import COMMON, MODELS, PEERS, Task
+from launch.step_bench.models import COMMON, MODELS, PEERS, Task, document_lengths
 from launch.step_bench.worker import Worker
 
 EXAMPLES = """three models of 30 million active parameters: llama, gdn (Qwen3-Next's hybrid), moe (Qwen3-MoE).
@@ -22,6 +22,7 @@ EXAMPLES = """three models of 30 million active parameters: llama, gdn (Qwen3-Ne
 examples:
   python -m launch.step_bench                          three models, fp32 and bf16
   python -m launch.step_bench --models gdn --precision bf16 --batch 1 --length 4096 --threads 1
+  python -m launch.step_bench --documents 400          the same tokens, in documents of 400 tokens on average
   python -m launch.step_bench --same-memory            transformers, too, keeps the memory that it frees"""
 
 
@@ -36,6 +37,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--batch", type=int, default=2, metavar="B", help="sequences (default 2)")
     parser.add_argument("--length", type=int, default=1024, metavar="T", help="tokens each (default 1024)")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        metavar="MEAN",
+        help="B x T tokens in documents of log-normal lengths about MEAN, at most T, none of which sees another: packed in one "
+        "row by us; to transformers padded and, where it can, packed with a mask, of which the faster counts",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="steps of each, in turn; medians count (default 7)")
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: as many as torch takes)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -45,19 +53,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="both processes keep the memory that they free; else only ours does (as cpu.keep_memory in our runs)",
     )
     parser.add_argument("--json", type=Path, help="also write all numbers there")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for name in ("batch", "length", "rounds", "documents"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    return arguments
+
+
+def documents(arguments: argparse.Namespace) -> tuple[int, ...]:
+    batch, length, mean = arguments.batch, arguments.length, arguments.documents
+    return (length,) * batch if mean is None else document_lengths(batch * length, mean, length)
 
 
 def compare(name: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds, bytes and losses of both for one model, and the median of the rounds' ratios."""
     kind, layers = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
-        sizes = (arguments.batch, arguments.length, arguments.device, Path(folder))
-        task = Task(kind, {**COMMON, **layers}, precision, *sizes)
+        task = Task(kind, {**COMMON, **layers}, precision, documents(arguments), arguments.device, Path(folder))
         sides: dict[str, Worker] = {}
         try:
             # Theirs first: it makes the weights. Like our runs', our memory stays with the process (pretrain/host.py).
-            for who, keep in (("theirs", arguments.same_memory), ("ours", True)):
+            for who, keep in (*((feed, arguments.same_memory) for feed in task.feeds()), ("ours", True)):
                 sides[who] = Worker(who, task, arguments.threads, keep and arguments.device == "cpu")
             return {"model": name, "peer": PEERS[name], "precision": precision} | measure(sides, name, arguments.rounds)
         finally:
@@ -67,21 +83,22 @@ def compare(name: str, precision: str, arguments: argparse.Namespace) -> dict[st
 
 def measure(sides: dict[str, Worker], name: str, rounds: int) -> dict[str, Any]:
     losses = {who: side.ask("loss") for who, side in sides.items()}
-    apart = abs(losses["ours"] / losses["theirs"] - 1)
+    apart = max(abs(losses["ours"] / loss - 1) for loss in losses.values())
     if apart > 1e-4:
-        raise SystemExit(f"error: {name}: the two models differ by {apart:.1e} in their loss: nothing to compare")
+        raise SystemExit(f"error: {name}: the models differ by {apart:.1e} in their loss: nothing to compare")
     for side in sides.values():
         side.ask("step")  # optimizer state, compiled code
     memory = {who: side.ask("memory") for who, side in sides.items()}
     seconds: dict[str, list[float]] = {who: [] for who in sides}
     for turn in range(rounds + 1):
-        for who in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
+        for who in list(sides) if turn % 2 else reversed(sides):
             taken = sides[who].ask("step")
             if turn:
                 seconds[who].append(taken)
-    ratio = statistics.median(a / b for a, b in zip(seconds["theirs"], seconds["ours"]))
+    feed = min((who for who in sides if who != "ours"), key=lambda who: statistics.median(seconds[who]))
+    ratio = statistics.median(a / b for a, b in zip(seconds[feed], seconds["ours"]))
     return {
-        "ratio": ratio, "seconds": seconds, "memory": memory, "loss_difference": apart,
+        "ratio": ratio, "seconds": seconds, "memory": memory, "loss_difference": apart, "feed": feed,
         "parameters": sides["ours"].ask("parameters"),
     }  # fmt: skip
 
@@ -93,8 +110,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     import transformers
 
+    lengths = sorted(documents(arguments))
+    sequences = f"{len(lengths)} documents of {lengths[0]} to {lengths[-1]} tokens, {sum(lengths)} together,"
+    if lengths[0] == lengths[-1]:
+        sequences = f"{len(lengths)} x {lengths[0]} tokens"
     print(
-        f"{arguments.batch} x {arguments.length} tokens on {arguments.device}, "
+        f"{sequences} on {arguments.device}, "
         f"{arguments.threads or torch.get_num_threads()} thread(s), torch {torch.__version__}, transformers "
         f"{transformers.__version__}, load {os.getloadavg()[0]:.1f}; medians of {arguments.rounds} steps each; memory above "
         "weights and optimizer state"
@@ -105,11 +126,13 @@ def main(argv: list[str] | None = None) -> int:
         for precision in arguments.precision:
             row = compare(name, precision, arguments)
             rows.append(row)
+            feed = row["feed"]
             times = {who: 1e3 * statistics.median(taken) for who, taken in row["seconds"].items()}
             megabytes = {who: float("nan") if size is None else size / 1e6 for who, size in row["memory"].items()}
+            peer = row["peer"] if lengths[0] == lengths[-1] else f"{row['peer']}, {feed}"
             print(
-                f"{name:7}{precision:11}{times['ours']:10.1f}{times['theirs']:10.1f}{row['ratio']:8.2f}"
-                f"{megabytes['ours']:10.0f}{megabytes['theirs']:10.0f}  {row['peer']}",
+                f"{name:7}{precision:11}{times['ours']:10.1f}{times[feed]:10.1f}{row['ratio']:8.2f}"
+                f"{megabytes['ours']:10.0f}{megabytes[feed]:10.0f}  {peer}",
                 flush=True,
             )
     if arguments.json:

@@ -16,11 +16,12 @@ from typing import Any
 
 from launch.step_bench.models import Task, ours, theirs
 
-MAKERS = {"ours": ours, "theirs": theirs}
-
 
 class Worker:
-    """A process with a model in training. `ask` for "loss" (float), "step" (seconds), "memory" (bytes or None), "parameters"."""
+    """A process with a model in training: "ours", or theirs by the name of how it is fed (`Task.feeds`).
+
+    `ask` for "loss" (float), "step" (seconds), "memory" (bytes or None), "parameters".
+    """
 
     def __init__(self, who: str, task: Task, threads: int | None, keep_memory: bool):
         self.who = who
@@ -61,7 +62,7 @@ def _serve(connection: Connection, who: str, task: Task, threads: int | None, ke
             torch.set_num_threads(threads)
         if keep_memory:
             host.keep_memory(os.environ)
-        side = MAKERS[who](task)
+        side = ours(task) if who == "ours" else theirs(task, who)
 
         def loss() -> float:
             with torch.no_grad():
