@@ -52,6 +52,8 @@ class Worker:
 
 
 def _serve(connection: Connection, who: str, task: Task, threads: int | None, keep_memory: bool) -> None:
+    # transformers imports DeepSpeed where it finds it, which warns on the console of a machine without a GPU unless told.
+    os.environ.setdefault("DS_ACCELERATOR", task.device)
     try:
         import torch
 

@@ -29,6 +29,7 @@ RUN: dict[str, Any] = {
     "validation": {"every": None, "sequences": 1},
     "watchdog": {},
 }
+ROUNDS = 3
 OPS = ("all_reduce", "all_gather", "reduce_scatter")
 
 
@@ -79,14 +80,29 @@ def measured(config: Path, run: Path) -> list[float]:
 
 @pytest.mark.campaign
 def test_a_step_of_two_ranks_takes_as_long_as_predicted(tmp_path: Path, corpus: Path) -> None:
-    run = tmp_path / "run"
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({**RUN, "run": str(run), "data": {**RUN["data"], "path": str(corpus)}}))
-    assumed = Path(ROOT) / "configs/hardware/h100.yaml"
-    hardware = calibrate(tmp_path, shapes(predicted(tmp_path, config, assumed)))
-    plan = predicted(tmp_path, config, hardware, "--verbose")
-    expected = plan["forecast"]["seconds"]["step"]
-    seconds = statistics.median(measured(config, run))
-    print(json.dumps(plan["forecast"]["seconds"], indent=1))
-    print(f"predicted {expected:.4f} s, measured {seconds:.4f} s a step: {expected / seconds - 1:+.1%}")
-    assert expected == pytest.approx(seconds, rel=0.15)
+    """Calibrations and runs in turn: a shared machine's speed drifts by tens of percent within minutes, so each run is held
+    against the calibrations just before and after it, and the median of the rounds counts."""
+
+    def config(name: str) -> Path:
+        content = {**RUN, "run": str(tmp_path / name), "data": {**RUN["data"], "path": str(corpus)}}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return file
+
+    run = config("run0")
+    products = shapes(predicted(tmp_path, run, Path(ROOT) / "configs/hardware/h100.yaml"))
+
+    def expected() -> float:
+        plan = predicted(tmp_path, run, calibrate(tmp_path, products), "--verbose")
+        return plan["forecast"]["seconds"]["step"]
+
+    predictions, errors = [expected()], []
+    for i in range(ROUNDS):
+        seconds = statistics.median(measured(config(f"run{i}"), tmp_path / f"run{i}"))
+        predictions.append(expected())
+        errors.append(statistics.mean(predictions[-2:]) / seconds - 1)
+        print(
+            f"round {i}: predicted {predictions[-2]:.3f} and {predictions[-1]:.3f} s, measured {seconds:.3f} s: {errors[-1]:+.1%}"
+        )
+    print(f"median {statistics.median(errors):+.1%}")
+    assert statistics.median(errors) == pytest.approx(0, abs=0.15)
