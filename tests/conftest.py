@@ -18,6 +18,8 @@ from tests.ranks import QUIET  # noqa: E402
 # Before torch is imported: thread pools are sized then. Explicit settings of the caller win.
 for _key, _value in QUIET.items():
     os.environ.setdefault(_key, _value)
+# The suite starts hundreds of Pythons. Where they may not keep bytecode, as in many containers, each compiles the project again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 # These take minutes each. Begun first, they do not leave one process busy when the others have nothing left to do.

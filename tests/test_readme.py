@@ -84,7 +84,8 @@ def test_python(block: str, checkout: Path) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [["train.steps=120", "checkpoint.every=50"], pytest.param([], marks=pytest.mark.campaign)],
+    # One thread: with more of them each step waits for the cores that other tests are using.
+    [["train.steps=120", "checkpoint.every=50", "cpu.threads=1"], pytest.param([], marks=pytest.mark.campaign)],
     ids=["an eighth", "whole"],
 )
 def test_quickstart(overrides: list[str], checkout: Path) -> None:

@@ -19,7 +19,7 @@ from tests.parallel import (  # noqa: F401  (they register themselves)
     mutations_pipeline,
     mutations_tensor,
 )
-from tests.parallel.mutations import MODEL, MUTATIONS, Mutation
+from tests.parallel.mutations import MODELS, MUTATIONS, Mutation
 from tests.ranks import TRAINING, run_ranks
 
 CLEAN = "no mutation"
@@ -38,16 +38,20 @@ def run(rank: int, world: int, names: list[str]) -> list[Kill]:
     """Runs in ranks: every layout of these mutations without one, then under each. Empty but on the first rank."""
     job = Processes(rank, world, rank, torch.device("cpu"))
     chosen = [mutation for mutation in MUTATIONS if mutation.name in names]
-    gate = Gate(short_run(DecoderConfig.model_validate(MODEL), world, length=32), job)
+    gates = {
+        model: Gate(short_run(DecoderConfig.model_validate(MODELS[model]), world, length=32), job)
+        for model in dict.fromkeys(mutation.model for mutation in chosen)
+    }
     found: list[Kill] = []
-    for layout in dict.fromkeys(mutation.layout for mutation in chosen):
+    for layout, model in dict.fromkeys((mutation.layout, mutation.model) for mutation in chosen):
+        gate, title = gates[model], layout if model == "hybrid" else f"{layout}, {model}"
         mesh = mesh_of(layout, gate, world)
         start = time.perf_counter()
         clean = gate.judge(mesh)
         found.append(
-            Kill(CLEAN, layout, [] if clean is None or clean.agrees else clean.faults(), time.perf_counter() - start)
+            Kill(CLEAN, title, [] if clean is None or clean.agrees else clean.faults(), time.perf_counter() - start)
         )
-        for mutation in (mutation for mutation in chosen if mutation.layout == layout):
+        for mutation in (each for each in chosen if (each.layout, each.model) == (layout, model)):
             start = time.perf_counter()
             with mutation.patch(rank):
                 try:
@@ -57,7 +61,7 @@ def run(rank: int, world: int, names: list[str]) -> list[Kill]:
                     faults = [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
             told: list[Any] = [None] * world
             dist.all_gather_object(told, faults)
-            found.append(Kill(mutation.name, layout, next((f for f in told if f), []), time.perf_counter() - start))
+            found.append(Kill(mutation.name, title, next((f for f in told if f), []), time.perf_counter() - start))
     return found if job.first else []
 
 

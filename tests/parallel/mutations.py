@@ -1,7 +1,7 @@
 """Deliberate faults in layouts, all of which the equivalence gate must notice: `python -m tests.parallel.mutations` shows how.
 
-A mutation is a context manager that is entered on every rank of a layout, while MODEL is trained there: it replaces one function
-of the product. They are in the files mutations_*.py, by the axis that they break.
+A mutation is a context manager that is entered on every rank of a layout, while a model of MODELS is trained there: it replaces
+one function of the product. They are in the files mutations_*.py, by the axis that they break.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-MODEL: dict[str, Any] = {
+HYBRID: dict[str, Any] = {
     "vocabulary": 64, "width": 32, "init_std": 0.15,
     "mixers": {
         "attention": {"kind": "attention", "heads": 4, "kv_heads": 1, "qk_norm_over": "width", "out_bias": True},
@@ -27,18 +27,27 @@ MODEL: dict[str, Any] = {
     },
     "layers": ["attention + moe", "gdn + zaya", "gla + zaya"],
 }  # fmt: skip
+COMPRESSED: dict[str, Any] = {
+    "vocabulary": 64, "width": 32, "init_std": 0.15,
+    "mixers": {"cca": {"kind": "cca", "heads": 4, "kv_heads": 2, "head_dim": 8}},
+    "ffns": {"swiglu": {"kind": "swiglu", "hidden": 32}},
+    "layers": ["cca + swiglu x2"],
+}  # fmt: skip
+MODELS = {"hybrid": HYBRID, "compressed": COMPRESSED}
 
 Patch = Callable[[int], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """what: is wrong. layout: in which it shows (` of 4`: on so many ranks, else on 2). patch: rank -> the fault in place."""
+    """what: is wrong. layout: in which it shows (` of 4`: on so many ranks, else on 2). patch: rank -> the fault in place.
+    model: of MODELS."""
 
     name: str
     what: str
     layout: str
     patch: Patch
+    model: str = "hybrid"
 
     @property
     def world(self) -> int:
@@ -48,11 +57,11 @@ class Mutation:
 MUTATIONS: list[Mutation] = []
 
 
-def mutation(layout: str, what: str) -> Callable[[Patch], Patch]:
+def mutation(layout: str, what: str, model: str = "hybrid") -> Callable[[Patch], Patch]:
     """Registers a function as the patch of a mutation, which bears its name."""
 
     def register(patch: Patch) -> Patch:
-        MUTATIONS.append(Mutation(getattr(patch, "__name__", "?").replace("_", " "), what, layout, patch))
+        MUTATIONS.append(Mutation(getattr(patch, "__name__", "?").replace("_", " "), what, layout, patch, model))
         return patch
 
     return register

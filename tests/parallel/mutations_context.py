@@ -34,15 +34,34 @@ def no_halo(rank: int) -> Patch:
 
 @mutation("cp=2", "convolutions take the last columns of the chunk itself for those of the chunk before")
 def halo_of_another_chunk(rank: int) -> Patch:
-    def wrap(convolve: Any) -> Any:
-        def wrong(sequence: Any, *args: Any, **options: Any) -> Any:
-            place = type(sequence.cut).place
-            with mock.patch.object(type(sequence.cut), "place", lambda cut, chunk: place(cut, chunk + 1)):
-                return convolve(sequence, *args, **options)
+    return wrapped(f"{SEQUENCE}.convolve", _of_the_next_chunk)
 
-        return wrong
 
-    return wrapped(f"{SEQUENCE}.convolve", wrap)
+def _of_the_next_chunk(call: Any) -> Any:
+    """The same method of a sequence whose columns before a chunk are those that this chunk ends with."""
+
+    def wrong(sequence: Any, *args: Any, **options: Any) -> Any:
+        place = type(sequence.cut).place
+        with mock.patch.object(type(sequence.cut), "place", lambda cut, chunk: place(cut, chunk + 1)):
+            return call(sequence, *args, **options)
+
+    return wrong
+
+
+@mutation("cp=2", "operators that look back find nothing before a chunk", "compressed")
+def nothing_to_look_back_at(rank: int) -> Patch:
+    return replaced(
+        f"{SEQUENCE}.look_back", lambda sequence, *args, **options: sequence.plain.look_back(*args, **options)
+    )
+
+
+@mutation(
+    "cp=2",
+    "operators that look back see the last columns of the chunk itself for those of the chunk before",
+    "compressed",
+)
+def looking_back_at_another_chunk(rank: int) -> Patch:
+    return wrapped(f"{SEQUENCE}.look_back", _of_the_next_chunk)
 
 
 @mutation("cp=2", "recurrences begin every chunk with an empty state")

@@ -68,12 +68,12 @@ def counted(family: str, layers: int) -> list[int]:
     return seen
 
 
-# Each kind of operator once, and two families in every run of the tests.
+# Each kind of operator once, and one family in every run of the tests.
 FAMILIES = ("mixer gated_delta_net", "ffn moe", "mixer attention", "mixer mamba2", "mixer cca", "Union of Experts")
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in FAMILIES[:2] else pytest.mark.campaign) for name in FAMILIES]
+    "family", [pytest.param(name, marks=[] if name in FAMILIES[:1] else pytest.mark.campaign) for name in FAMILIES]
 )
 def test_all_packings_share_their_programs(family: str) -> None:
     """Their number may grow until sequences have come in two numbers other than one: then that size is left open."""
@@ -83,7 +83,7 @@ def test_all_packings_share_their_programs(family: str) -> None:
 
 
 def test_alike_blocks_share_their_programs() -> None:
-    assert counted("mixer retnet", 6) == counted("mixer retnet", 2)
+    assert counted("mixer retnet", 4) == counted("mixer retnet", 2)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,9 @@ def compile_and_count(folder: Path) -> None:
     from parallel.compilation import Programs, keep_programs
 
     assert keep_programs(folder) == folder / "torch"
-    blocks = nn.ModuleList([Block(), Block()])
-    apply_compile(blocks)
-    x = torch.ones(2, 8)
-    for block in blocks:
-        x = block(x)
-    x.sum().backward()
+    block = Block()
+    apply_compile([block])
+    block(torch.ones(2, 8)).sum().backward()
     print(*Programs.so_far())
 
 
@@ -161,15 +158,14 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path: Path) -> Non
         )
         assert run.returncode == 0, run.stderr
         found.append(tuple(int(number) for number in re.findall(r"\d+", run.stdout.splitlines()[-1])))
-    # One graph for both blocks, whose first input needs no gradient and whose second one does: two programs a graph.
-    (graphs, none, made), (graphs_again, there, none_made) = found
-    assert (none, none_made) == (0, 0)
-    assert graphs == graphs_again
-    assert made == there > 0
+    # One graph, and two programs for it: forward and backward.
+    assert found == [(1, 0, 2), (1, 2, 0)]
     assert any(tmp_path.rglob("*"))
 
 
 def _environment() -> dict[str, str]:
     import os
 
-    return {key: value for key, value in os.environ.items() if not key.startswith(("TORCHINDUCTOR_", "TRITON_CACHE"))}
+    given = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHINDUCTOR_", "TRITON_CACHE"))}
+    # Else the compiler first builds a program for each set of vector instructions, to see whether it runs: half of the time.
+    return {**given, "TORCHINDUCTOR_VEC_ISA_OK": "0"}

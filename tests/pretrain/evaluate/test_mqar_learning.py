@@ -76,7 +76,7 @@ def train(mixers: tuple[dict[str, Any], dict[str, Any]], seed: int, lr: float, s
     return found, steps
 
 
-@pytest.mark.parametrize("name", ["attention", "delta", "hybrid delta + attention"])
+@pytest.mark.parametrize("name", ["attention", "hybrid delta + attention"])  # the others in the campaign below
 def test_recall_is_learnt(name: str) -> None:
     best = 0.0
     for seed in range(3):

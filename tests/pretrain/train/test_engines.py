@@ -60,10 +60,11 @@ LAYOUTS = {
     "pipeline x experts": (4, ("mesh.pp=2", "mesh.ep=2")),
     "larger micro-batch": (1, ("train.micro_batch=4",)),
 }
+# Only in a campaign: what the others do together, or with a harder model; layouts that other files train in every run.
 LONG = (
-    "fsdp2 on four ranks",
-    "tensor x context",
-)  # each with a harder model besides, which is not left to the campaign
+    "fsdp2 on four ranks", "zero1", "zero2 on one rank", "fsdp2 recomputing", "tensor", "experts", "context", "tensor x context",
+    "pipeline", "pipeline zbv", "pipeline x tensor",
+)  # fmt: skip
 STEPS = "train.steps=4"
 
 
