@@ -34,17 +34,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_interpreted(outer: str | Path, inner: str, *, select: str = "", timeout: float = 600.0) -> str:
+def run_interpreted(outer: str | Path, inner: str, *, campaign: bool = False, timeout: float = 600.0) -> str:
     """Runs the test file `inner` (beside the file `outer`) in a process with TRITON_INTERPRET=1, and fails as it fails.
 
-    select: a pytest -k expression, to split a long file over several outer tests. timeout: seconds.
+    campaign: the tests that are marked so, and no others, for an outer test that is marked so itself. timeout: seconds.
     Returns the inner report. Skips where triton is not installed; an inner run in which nothing passed is a failure.
     """
     pytest.importorskip("triton")
     path = Path(outer).resolve().parent / inner
     command = [sys.executable, "-m", "pytest", str(path), "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
-    if select:
-        command += ["-k", select]
+    command += ["--campaign", "-m", "campaign"] if campaign else ["-m", "not campaign"]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",

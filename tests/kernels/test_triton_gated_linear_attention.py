@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import pytest
+
 from tests.kernels.interpreter import run_interpreted
 
 
-def test_gated_linear_attention_under_the_interpreter():
-    run_interpreted(__file__, "triton_gated_linear_attention_interpreted.py")
+@pytest.mark.parametrize("campaign", [False, pytest.param(True, marks=pytest.mark.campaign)])
+def test_gated_linear_attention_under_the_interpreter(campaign):
+    run_interpreted(__file__, "triton_gated_linear_attention_interpreted.py", campaign=campaign)

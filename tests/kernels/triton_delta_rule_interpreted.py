@@ -15,6 +15,19 @@ from kernels.delta_rule.triton import delta_rule_triton
 
 NAMES = ("q", "k", "v", "beta", "g", "initial_state")
 PACKED = [0, 0, 1, 20, 20, 57, 57]  # empty sequences, one of length 1, lengths that are no multiple of a chunk
+GATES = ("none", "head", "channel")
+SHAPES = [  # B, T, H, HV, K, V, normalize, state; and the gate that every run tries, the others in a campaign
+    (1, 1, 1, 1, 16, 16, False, True, "none"),
+    (2, 15, 1, 2, 16, 32, True, True, "head"),
+    (1, 17, 2, 2, 32, 16, False, False, "channel"),
+    (1, 64, 1, 1, 16, 16, True, False, "none"),
+    (1, 65, 1, 3, 16, 16, True, True, "channel"),
+    (1, 70, 1, 1, 100, 48, True, True, "head"),
+]
+
+
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.campaign)
 
 
 def inputs(B, T, H, HV, K, V, gate, *, N=None, state=True, strength=0.5) -> list[Tensor | None]:
@@ -60,23 +73,15 @@ def compare(tensors, *, cu=None, normalize=False, limit=1e-5):
         assert error < limit, f"{name}: relative RMS error {error:.1e}"
 
 
-@pytest.mark.parametrize("gate", ["none", "head", "channel"])
 @pytest.mark.parametrize(
-    ("B", "T", "H", "HV", "K", "V", "normalize", "state"),
-    [
-        (1, 1, 1, 1, 16, 16, False, True),
-        (2, 15, 1, 2, 16, 32, True, True),
-        (1, 17, 2, 2, 32, 16, False, False),
-        (1, 64, 1, 1, 16, 16, True, False),
-        (1, 65, 1, 3, 16, 16, True, True),
-        (1, 70, 1, 1, 100, 48, True, True),
-    ],
+    ("gate", "B", "T", "H", "HV", "K", "V", "normalize", "state"),
+    [(gate, *shape) if gate == always else long(gate, *shape) for gate in GATES for *shape, always in SHAPES],
 )
 def test_dense(gate, B, T, H, HV, K, V, normalize, state):
     compare(inputs(B, T, H, HV, K, V, gate, state=state), normalize=normalize)
 
 
-@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+@pytest.mark.parametrize("gate", GATES)
 def test_packed(gate):
     compare(inputs(1, 57, 1, 2, 16, 16, gate, N=6), cu=PACKED, normalize=True)
 
@@ -91,7 +96,7 @@ def test_head_over_many_chunks():
 
 
 @pytest.mark.parametrize(
-    ("gate", "cu", "K"), [("head", None, 16), ("head", PACKED, 16), ("none", None, 100), ("channel", PACKED, 16)]
+    ("gate", "cu", "K"), [long("head", None, 16), ("head", PACKED, 16), ("none", None, 100), ("channel", PACKED, 16)]
 )
 def test_segments_join_to_the_whole(gate, cu, K):
     with tuning.override({"delta_rule_segments": {"CHUNKS": 1}}):
@@ -100,8 +105,17 @@ def test_segments_join_to_the_whole(gate, cu, K):
         compare(tensors, cu=cu, normalize=True)
 
 
-@pytest.mark.parametrize("gate", ["none", "head", "channel"])
-@pytest.mark.parametrize("cu", [None, PACKED])
+@pytest.mark.parametrize(
+    ("gate", "cu"),
+    [
+        ("none", None),
+        long("none", PACKED),
+        long("head", None),
+        ("head", PACKED),
+        long("channel", None),
+        ("channel", PACKED),
+    ],
+)
 def test_descriptors(gate, cu, monkeypatch):
     monkeypatch.setattr(triton_shape, "descriptors_pay", lambda device: True)
     T = 64 if cu is None else 57
