@@ -9,6 +9,7 @@ from typing import Any
 from launch.plan.chip import Chip
 from launch.plan.source import Question, with_
 from launch.plan.step_time import StepTime, step_time
+from parallel.engines import TorchConfig
 from parallel.grid import Grid
 from pretrain.config import RunConfig
 from pretrain.estimate.costs import RankCosts
@@ -108,6 +109,9 @@ class Planner:
         """Bytes that a micro-batch's forward pass through all layers keeps on a rank, if nothing is computed again."""
         key = (grid.cp, grid.tp, grid.ep, grid.expert_tensor, config.train.micro_batch, config.train.precision)
         if key not in self._kept:
-            plain = with_(config, train={"recompute": "none"}, mesh={"pp": 1, "pp_layers": None, "pp_virtual": None})
+            # Of several micro-batches without a pipeline: nothing but activations comes and goes in each.
+            train = {"recompute": "none", "batch": 2 * grid.dp * config.train.micro_batch}
+            plain = with_(config, train=train, mesh={"pp": 1, "pp_layers": None, "pp_virtual": None})
+            plain = plain.model_copy(update={"engine": TorchConfig()})
             self._kept[key] = self.costs(plain, replace(grid, pp=1)).activations
         return self._kept[key]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from kernels.cross_entropy.chunked import SLICE, SLICE_CPU, default_chunk
 from kernels.cross_entropy.logits import BLOCK_LOGITS
+from pretrain.estimate.engines import Stays
 from pretrain.estimate.setting import Held, Setting
 from pretrain.estimate.trace import Measured
 
@@ -13,31 +14,35 @@ from pretrain.estimate.trace import Measured
 @dataclass(frozen=True)
 class Activations:
     """Bytes for one micro-batch in one stage. kept: from its forward to its backward pass. forward, backward: the most at a time,
-    with the part of the gradients that is there in a step's only backward pass where `growing`."""
+    with what stays of layers (engines.Stays). between: of parameters that stay whole from a backward to the next forward pass."""
 
     kept: float
     forward: float
     backward: float
+    between: float
 
 
-def activations(setting: Setting, held: Held, growing: float) -> Activations:
-    """growing: bytes of gradients for each parameter element that the backward pass brings one layer after another; 0 if they are
-    there already, or never whole."""
+def activations(setting: Setting, held: Held, stays: Stays) -> Activations:
     model, tokens = setting.model, setting.tokens
     of_kind = {kind: setting.measured(kind) for kind in held.counts}
     measured = [of_kind[kind] for kind in held.kinds]
-    elements = {kind: setting.weighed(kind).whole + setting.weighed(kind).spread for kind in of_kind}
+    weighed = {kind: setting.weighed(kind) for kind in of_kind}
+    left = {kind: stays.between * each.whole for kind, each in weighed.items()}
+    grows = {kind: stays.sharded * each.whole + stays.spread * each.spread for kind, each in weighed.items()}
     stream = 4.0 * tokens / setting.grid.tp * model.width
     own = _around_layers(setting, held)
     kept, casts, forward = own.before, 0.0, own.before
     kept += max((m.shared for m in measured), default=0.0)
     starts: list[float] = []
     previous: Measured | None = None
-    for m in measured:
+    between = whole = sum(left[kind] for kind in held.kinds)
+    for m, kind in zip(measured, held.kinds, strict=True):
         # What one layer hands on and the next one takes in is one tensor, whoever keeps it.
         starts.append(kept)
-        forward = max(forward, kept + casts + m.forward)
+        whole -= left[kind]
+        forward = max(forward, kept + casts + m.forward + whole + min(stays.at_work, between - whole))
         handed = (0.0, 0.0) if previous is None else (previous.own_stream, previous.own_state)
+        kept += stays.gathered * weighed[kind].whole
         kept += m.inner + max(m.stream, handed[0]) + max(m.state, handed[1])
         casts += m.weights
         previous = m
@@ -46,16 +51,17 @@ def activations(setting: Setting, held: Held, growing: float) -> Activations:
     if held.last:
         forward = max(forward, kept + casts + own.loss)
         kept += own.after
-        grown = own.head_gradient if growing else 0.0
+        grown = own.head_gradient if stays.fresh else 0.0
         backward = kept + own.loss_backward
     else:
         kept += stream  # what was sent stays for the backward pass
         grown, backward = 0.0, kept + stream
     for start, m, kind in zip(reversed(starts), reversed(measured), reversed(held.kinds)):
-        backward = max(backward, start + m.backward + grown)
-        grown += growing * elements[kind]
-    backward = max(backward, own.before + own.embedding_backward + grown)
-    return Activations(kept, forward, backward)
+        gathered = whole + min(stays.at_work, between - whole)
+        backward = max(backward, start + (m.fresh if stays.fresh else m.backward) + grown + gathered)
+        grown, whole = grown + grows[kind], whole + left[kind]
+    backward = max(backward, own.before + own.embedding_backward + grown + between)
+    return Activations(kept, forward, backward, between)
 
 
 @dataclass(frozen=True)

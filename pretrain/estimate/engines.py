@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from parallel.engines import DeepSpeedConfig
+from parallel.engines import DeepSpeedConfig, TorchConfig
 from parallel.gradients import BUCKET
 from parallel.grid import Grid
 from pretrain.config import RunConfig
@@ -35,12 +35,29 @@ class Send(NamedTuple):
     hidden: bool
 
 
+class Stays(NamedTuple):
+    """What layers leave behind, in bytes for each of their elements.
+
+    fresh: a backward pass makes gradients anew, and does not add to those that are there. sharded, spread: gradients that come
+    layer by layer, of what the engine shards and of experts that are spread over ranks; 0 where they are there before. gathered:
+    whole parameters from a layer's forward to its backward pass; between: from its backward to the next forward pass; at_work, in
+    bytes as it is: of layers that are gathered for a moment, where others may be there `between`.
+    """
+
+    fresh: bool
+    sharded: float = 0.0
+    spread: float = 0.0
+    gathered: float = 0.0
+    between: float = 0.0
+    at_work: float = 0.0
+
+
 @dataclass(frozen=True)
 class State:
     """Bytes on a rank. gradients: those of a step's end, or, where whole ones add up over micro-batches, those.
 
-    gathered: whole parameters of the group around the layers, from its first use to the end of the backward pass. unit: of the
-    largest layer, whole. scratch: of the update. growing: gradients come during the only backward pass of a step, layer by layer.
+    gathered: what an engine holds besides while the layers work: whole parameters, and buffers of its messages. scratch: of the
+    update. growing: gradients come during the only backward pass of a step, layer by layer, as `stays` says.
     """
 
     elements: int
@@ -48,9 +65,9 @@ class State:
     gradients: float
     optimizer: float
     gathered: float
-    unit: float
     scratch: float
     growing: bool
+    stays: Stays
 
 
 def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches: int) -> State:
@@ -66,20 +83,57 @@ def state(config: RunConfig, grid: Grid, groups: Sequence[Group], micro_batches:
     orthogonalised = sum(group.weighed.orthogonalised * group.count for group in groups)
     largest = max((group.weighed.largest for group in groups), default=0)
     updated = Updated(decayed, others, orthogonalised, largest)
-    gathered = sum(group.weighed.padded for group in groups if group.root) if ranks > 1 else 0
-    unit = max((group.weighed.padded for group in groups if not group.root), default=0) if ranks > 1 else 0
     accumulates = micro_batches > 1 and not config.engine.reduce_each_micro_batch and ranks > 1
     weights = BYTES * (sharded + spread)
+    stays = _stays(config.engine, grid, groups, micro_batches, accumulates)
     return State(
         elements=held + spread,
         weights=weights,
         gradients=BYTES * (whole + spread) if accumulates else weights,
         optimizer=BYTES * sum(group.weighed.moments * group.count for group in groups),
-        gathered=BYTES * gathered,
-        unit=BYTES * unit,
+        gathered=_gathered(config.engine, grid, groups, stays) if ranks > 1 else 0.0,
         scratch=scratch(config.optimizer, updated),
         growing=micro_batches == 1,
+        stays=stays,
     )
+
+
+def _gathered(engine: TorchConfig, grid: Grid, groups: Sequence[Group], stays: Stays) -> float:
+    """Bytes that FSDP2 holds besides while a layer works, but for what `stays` says.
+
+    Around the layers: whole parameters, from their first use to the end of the backward pass. Of layers, or units of them: the
+    one at work whole; those that are gathered ahead, flat; and one flat buffer that has been read, but is not yet free: in the
+    forward pass of the gather before, in the backward pass of the reduction before.
+    """
+    around = sum(group.weighed.padded for group in groups if group.root)
+    units = [group for group in groups if not group.root]
+    largest = max((unit.weighed.padded for unit in units), default=0)
+    if engine.reshard_after_forward:
+        held = largest + (0 if stays.at_work else _at_work(engine, groups))
+    elif grid.pp > 1:  # over all micro-batches everything stays
+        held = largest + sum(unit.weighed.padded * unit.count for unit in units)
+    else:  # the last layer's flat buffer, and the one before
+        held = 2 * largest
+    return float(BYTES * (around + held))
+
+
+def _at_work(engine: TorchConfig, groups: Sequence[Group]) -> int:
+    """Elements of a unit and of those that are gathered ahead."""
+    units = [group for group in groups if not group.root]
+    ahead = min(engine.prefetch, max(0, sum(unit.count for unit in units) - 1))
+    return max((unit.weighed.padded for unit in units), default=0) * (1 + ahead)
+
+
+def _stays(engine: TorchConfig, grid: Grid, groups: Sequence[Group], micro_batches: int, accumulates: bool) -> Stays:
+    ranks = grid.size("shard_cp")
+    grows = float(BYTES) if micro_batches == 1 else 0.0
+    if ranks == 1:
+        return Stays(micro_batches == 1, grows, grows)
+    if grid.pp > 1 and engine.reshard_after_forward:  # see `sends`
+        at_work = float(BYTES * _at_work(engine, groups))
+        return Stays(not accumulates, grows / ranks, grows, between=float(BYTES), at_work=at_work)
+    gathered = 0.0 if grid.pp > 1 or engine.reshard_after_forward else float(BYTES)
+    return Stays(not accumulates, grows / ranks, grows, gathered)
 
 
 def sends(
@@ -170,7 +224,7 @@ def _deepspeed_state(config: DeepSpeedConfig, grid: Grid, groups: Sequence[Group
         if config.offload == "parameters":
             weights -= BYTES * own
     live += BYTES * _reduced(config) * (2 if config.overlap_comm else 1)  # one buffer of fixed size
-    return State(elements, weights, gradients, optimizer, live, 0.0, scratch, False)
+    return State(elements, weights, gradients, optimizer, live, scratch, False, Stays(True))
 
 
 def _deepspeed_sends(

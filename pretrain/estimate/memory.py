@@ -19,6 +19,7 @@ Answer = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 class Memory(TorchDispatchMode):
     """Within it, `live` is the bytes of all storages that operators have made and that are still there, `peak` the most so far.
+    `aside`: bytes that are there besides, by the caller's account; `most`: the most of both together.
 
     What was there before does not count; see `ignore` for what is made within. answers: operators whose result depends on values,
     which fake tensors have not, and what to say in their place. watch: called with every operator, its arguments and its result.
@@ -30,7 +31,7 @@ class Memory(TorchDispatchMode):
         watch: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     ):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.aside = self.most = 0
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._ignored: dict[int, weakref.ref[Any]] = {}
@@ -75,7 +76,7 @@ class Memory(TorchDispatchMode):
 
     def begin(self) -> None:
         """The peak is from here on."""
-        self.peak = self.live
+        self.peak, self.most = self.live, self.live + self.aside
 
     def _see(self, tensor: Tensor) -> None:
         try:
@@ -92,7 +93,7 @@ class Memory(TorchDispatchMode):
         self._sizes[key] = size
         self._references[key] = weakref.ref(storage, partial(self._freed, key))
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.peak, self.most = max(self.peak, self.live), max(self.most, self.live + self.aside)
 
     def _forget(self, key: int, _: Any) -> None:
         self._ignored.pop(key, None)

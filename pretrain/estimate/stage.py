@@ -23,7 +23,6 @@ class Fixed(NamedTuple):
 
     state: engines.State
     each: list[Activations]
-    growing: bool
     work: Work
     matmuls: tuple[Matmul, ...]
     collectives: tuple[Collective, ...]
@@ -36,10 +35,9 @@ def costs(setting: Setting, stages: Sequence[Held], flight: Sequence[int]) -> St
     state, each = fixed.state, fixed.each
     held_back = sum(a.kept * max(0, n - 1) for a, n in zip(each, flight))
     others = sum(a.kept for a, n in zip(each, flight) if n > 0)
-    moment = max(max(a.forward, a.backward) + others - a.kept for a in each) + held_back
-    # Gathered: the layer at work, and the flat buffer of the next one; in the backward pass its gradients besides, twice.
-    buffers = state.gathered + 4.0 * state.unit
-    gradients = 0.0 if fixed.growing else state.gradients
+    between = sum(a.between for a in each)
+    moment = max(max(a.forward, a.backward) + others - a.kept + between - a.between for a in each) + held_back
+    gradients = 0.0 if state.growing else state.gradients
     steady = state.weights + state.optimizer
     return StageCosts(
         layers=tuple(held.at + i for held in stages for i in range(len(held.kinds))),
@@ -48,8 +46,8 @@ def costs(setting: Setting, stages: Sequence[Held], flight: Sequence[int]) -> St
         gradients=state.gradients,
         optimizer=state.optimizer,
         activations=moment,
-        buffers=buffers,
-        peak=steady + max(gradients + moment + buffers, state.gradients + state.scratch),
+        buffers=state.gathered,
+        peak=steady + max(gradients + moment + state.gathered, state.gradients + state.scratch),
         flops=fixed.work.useful,
         recomputed=fixed.work.recomputed,
         remade=fixed.work.remade,
@@ -69,13 +67,10 @@ def _fixed(setting: Setting, stages: Sequence[Held]) -> Fixed:
         groups += _units(setting, held)
         order += [weigh(before, *setting.sharers), *map(setting.weighed, held.kinds), weigh(after, *setting.sharers)]
     state = engines.state(setting.config, setting.grid, groups, setting.micro_batches)
-    sharded = setting.grid.size("shard_cp") > 1 or setting.config.engine.kind == "deepspeed"
-    growing = state.growing and not sharded
     each = [work(setting, held) for held in stages]
     return Fixed(
         state,
-        [activations(setting, held, float(BYTES) if growing else 0.0) for held in stages],
-        growing,
+        [activations(setting, held, state.stays) for held in stages],
         Work(
             useful=sum(one.useful for one in each),
             recomputed=sum(one.recomputed for one in each),

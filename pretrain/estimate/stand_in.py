@@ -23,6 +23,7 @@ from kernels.experts.chunked import alignment
 from kernels.experts.routing_chunked import route_chunked
 from kernels.norm.chunked import BLOCK_ELEMENTS
 from kernels.offline.choice import choosing
+from kernels.rational.chunked import BLOCK_ELEMENTS as RATIONAL_ELEMENTS
 from parallel.expert.apply import sparse_layers
 from parallel.expert.travel import combined, copies
 from parallel.tensor import units
@@ -502,9 +503,15 @@ def _norm(notes: Notes, x: Tensor, *others: Any, **options: Any) -> Tensor:
     return stand(Like(tuple(x.shape), x.dtype), tensors, [True] * len(tensors), rows * wide, scratch)
 
 
-def _plain(x: Tensor, *others: Any, **options: Any) -> Tensor:
-    tensors = [x, *(other for other in others if isinstance(other, Tensor))]
-    return stand(Like(tuple(x.shape), x.dtype), tensors, [True] * len(tensors))
+def _rational(notes: Notes, x: Tensor, *coefficients: Tensor) -> Tensor:
+    """kernels/rational in its allocations."""
+    scratch = (0, 0)  # on a GPU a few sums of each program
+    if not notes.gpu:  # temporaries of a row block, one more for rows that are widened
+        D, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        rows = min(x.numel() // D, max(1, RATIONAL_ELEMENTS * torch.get_num_threads() // D))
+        each, widened = rows * D * wide.itemsize, x.dtype != wide
+        scratch = ((2 + widened) * each, (5 + widened) * each)
+    return stand(Like(tuple(x.shape), x.dtype), [x, *coefficients], [True] * (1 + len(coefficients)), scratch=scratch)
 
 
 def _add_norm(notes: Notes, x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -562,7 +569,7 @@ def operators(notes: Notes) -> Iterator[None]:
         **dict.fromkeys(("rms_norm", "l2_norm", "gated_rms_norm"), norm),
         "add_rms_norm": partial(_add_norm, notes),
         "experts_routing": route_chunked,
-        "rational": _plain,
+        "rational": partial(_rational, notes),
         "rotary": _rotary,
         "swiglu": _swiglu,
     }

@@ -38,8 +38,8 @@ class Measured:
     inner: kept for the backward pass, without the tensors that come in and go out. weights: besides, copies of weights in low
     precision, which autocast keeps until the model's forward pass ends. stream, state: of what comes in (the residual stream, the
     router's state) as far as it is kept; own_stream, own_state: of what goes out, as far as this layer itself keeps it. forward:
-    the most at a time in the forward pass, all of these included, and backward in the backward pass. shared: tables that all
-    layers share.
+    the most at a time in the forward pass, all of these included; backward: in the backward pass, where gradients of parameters
+    are added to those that are there; fresh: where there are none, and they stay. shared: tables that all layers share.
     products: FLOPs of the forward pass's matrix products, where only a sublayer is recomputed, of that one's; again: of those
     that recomputation does once more.
     """
@@ -52,6 +52,7 @@ class Measured:
     own_state: float
     forward: float
     backward: float
+    fresh: float
     shared: float
     products: float
     again: float
@@ -148,6 +149,9 @@ class _Run:
         tokens = self.length * self.count
         parts = self.way.cutting.tp
         memory.ignore([*block.parameters(), *block.buffers()])
+        for parameter in block.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(_put_aside, memory))
         with memory.paused():
             leaf = torch.empty((), requires_grad=True)
             sequence = TracedSequence(notes, tokens, self.count)
@@ -186,7 +190,8 @@ class _Run:
         again = sum(p.flops for p in second) - 2.0 * sum(p.flops for p in first if p.kept) + fixed
         return Measured(
             inner=max(0, inner), weights=within - kept, stream=stream, state=state, own_stream=own_stream,
-            own_state=own_state, forward=forward, backward=memory.peak, shared=sum(notes.shared.values()),
+            own_state=own_state, forward=forward, backward=memory.peak, fresh=memory.most,
+            shared=sum(notes.shared.values()),
             products=sum(p.flops for p in first if self.way.recompute in (p.part, "none", "full", "selective")),
             again=max(0.0, again),
         )  # fmt: skip
@@ -249,17 +254,22 @@ class _Begin(torch.autograd.Function):
 
 
 def _unreal(block: nn.Module) -> None:
-    """Gives a module on the meta device fake tensors in the place of its parameters and buffers. They have gradients already, to
-    which those of the backward pass are added."""
+    """Gives a module on the meta device fake tensors in the place of its parameters and buffers."""
     for module in block.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                held = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
-                held.grad = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = held
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _put_aside(memory: Memory, parameter: Tensor) -> None:
+    """Frees a parameter's gradient when it is complete, as if it had been added to one that was there."""
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is not None:
+        memory.aside += gradient.numel() * gradient.element_size()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What the ranks of the estimates' tests run: a step of a real engine, its tensors weighed and its messages counted."""
+"""What the ranks of the estimates' tests run: steps of a real engine, its tensors weighed and its messages counted."""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -128,6 +129,46 @@ def step(rank: int, world: int, raw: dict[str, Any]) -> Seen:
     weights, optimizer = _state(engine, config)
     messages = {key: (wire.calls[key], wire.bytes[key]) for key in wire.calls}
     return Seen(weights, weighed, optimizer, messages)
+
+
+class Live(TorchDispatchMode):
+    """Within it, `peak` is the most bytes at a time of all storages that operators have made, as large as they are at that time:
+    FSDP2 makes its buffers larger and smaller behind torch's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = weakref.ref(storage)
+        there = {key: storage.nbytes() for key, each in self.storages.items() if (storage := each()) is not None}
+        self.storages = {key: self.storages[key] for key in there}
+        self.peak = max(self.peak, sum(there.values()))
+        return result
+
+
+def lived(rank: int, world: int, raws: list[dict[str, Any]]) -> list[int]:
+    """For each of several runs, the most bytes at a time, besides weights and optimizer, of a second step's passes."""
+    job = Processes(rank, world, rank, torch.device("cpu"), timedelta(seconds=60))
+    peaks = []
+    for raw in raws:
+        config = RunConfig.model_validate(raw)
+        mesh = Mesh(config.mesh, job)
+        torch.manual_seed(0)
+        engine = engine_for(config, mesh, Decoder(config.model))
+        rows, live = batches(config, mesh.dp_size, mesh.dp_rank), Live()
+        for _ in range(2):
+            live.peak = 0
+            with live:
+                engine.forward_backward(rows, 100.0)
+            engine.step(1e-3)
+        peaks.append(live.peak)
+    return peaks
 
 
 def _gradients(engine: Any, config: RunConfig, whole: list[int], micro_batches: int) -> int:

@@ -52,6 +52,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "mixers": {"m": {"kind": "mamba2", "head_dim": 32, "state_dim": 32}},
         "layers": ["m x3"],
     },
+    "kat": {
+        "mixers": {"a": {"kind": "attention", "heads": 4}},
+        "ffns": {"k": {"kind": "kat", "hidden": 384}},
+        "layers": ["a + k x2"],
+    },
+    "wide": {  # more parameters than anything else
+        "mixers": {"a": {"kind": "attention", "heads": 4}},
+        "ffns": {"s": {"kind": "swiglu", "hidden": 1024}},
+        "layers": ["a + s x6"],
+    },
     "mamba": {"mixers": {"m": {"kind": "mamba", "state_dim": 8}}, "layers": ["m x2"]},
     "multi-token": {
         "mixers": {"a": {"kind": "attention", "heads": 4}},
