@@ -16,16 +16,15 @@ from torch import Tensor
 
 @dataclass
 class Decays:
-    """Decays within each chunk. D is 1 (one decay per head) or K (one per channel)."""
+    """Decays within each chunk, of each channel."""
 
-    alpha: Tensor  # [M, C, D] one step's
-    from_start: Tensor  # [M, C, D] from before the chunk through the step
-    to_end: Tensor  # [M, C, D] after the step to the end of the chunk
-    pair: Tensor | None  # [M, C, C] from column to row, zero above the diagonal; only where D is 1
+    alpha: Tensor  # [M, C, K] one step's
+    from_start: Tensor  # [M, C, K] from before the chunk through the step
+    to_end: Tensor  # [M, C, K] after the step to the end of the chunk
 
     @property
     def whole(self) -> Tensor:
-        """[M, D, 1] over the chunk."""
+        """[M, K, 1] over the chunk."""
         return self.from_start[:, -1, :, None]
 
 
@@ -63,14 +62,6 @@ def runs(x: Tensor, s: int, odd: int) -> Tensor:
 
 
 def chunk_decays(alpha: Tensor) -> Decays:
-    """alpha [M, C, D] -> the decays within each chunk."""
-    M, C, D = alpha.shape
-    pair = None
-    if D == 1:
-        pair = alpha.new_zeros(M, C, C)
-        pair.diagonal(dim1=1, dim2=2).fill_(1)
-    prefix = suffix = alpha
-    for s, prefix, suffix in doubling(alpha):
-        if s < C and pair is not None:
-            torch.mul(runs(prefix, s, 1), runs(suffix, s, 0).mT, out=lower_blocks(pair, s))
-    return Decays(alpha, prefix, suffix, pair)
+    """alpha [M, C, K] -> the decays within each chunk."""
+    *_, (_, prefix, suffix) = doubling(alpha)
+    return Decays(alpha, prefix, suffix)

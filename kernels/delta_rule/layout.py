@@ -2,22 +2,48 @@
 
 Chunks are sorted by their place in the sequence first and by sequence second, and sequences by falling length. So the
 chunks that the state scan meets at one step are neighbours, and so are the states of the sequences still running.
+
+Tokens are copied by pieces, chunks at regular distances in both places: one piece a slab where all sequences are equally
+long, a few where they are not. Lists of single tokens took three passes over every tensor.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.packing import sequence_bounds
 
-# Chunks times heads worked on at once on CPU: at K = 128 an operand of a slab is 0.5 MiB, so a few stay in the L2 cache,
-# and temporary memory does not grow with T. Times from 8 to 32 measured within 10% of each other; 64 is slower.
-SLAB = 16
-# Slabs start from a stored state. Fewer steps than this would store more states than the operands weigh.
-LEAST_STEPS = 4
+
+class Piece(NamedTuple):
+    """[sequences, steps] chunks of `length` tokens each.
+
+    token: the first, in rows laid end to end; apart: tokens from one sequence to the next; the steps are C tokens apart.
+    chunk: the first one's place in the slab; stride: chunks from one step to the next; sequences are neighbours.
+    """
+
+    sequences: int
+    steps: int
+    length: int
+    token: int
+    apart: int
+    chunk: int
+    stride: int
+
+
+class Run(NamedTuple):
+    """Sequences of one length, neighbours in the order of the layout, whose starts are equally far apart."""
+
+    rank: int
+    sequences: int
+    start: int
+    apart: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -26,18 +52,13 @@ class Slab:
 
     sizes: chunks (= running sequences) of each step.
     chunks: their place in the list of chunks.
-    first, last: token range of a dense batch, [first, last) in every row.
-    tokens, places: int64, the tokens of a packed batch and their places in the slab, flattened over [chunk, C].
+    pieces: where their tokens come from.
     """
 
-    B: int
     C: int
     sizes: list[int]
     chunks: slice
-    first: int
-    last: int
-    tokens: Tensor | None
-    places: Tensor | None
+    pieces: list[Piece]
 
     def rows(self, heads: int) -> slice:
         """The slab's place in tensors whose first dim is chunks times heads."""
@@ -48,36 +69,40 @@ class Slab:
         return x.split([n * heads for n in self.sizes])
 
     def pack(self, x: Tensor, out: Tensor) -> Tensor:
-        """Copies the slab's tokens of x [B, T, H, ...] into out [chunks, H, C, ...]; places without a token become 0."""
-        by_token = out.transpose(1, 2)  # [chunks, C, H, ...]
-        if self.tokens is not None:
-            assert self.places is not None
-            flat = x.new_zeros(by_token.shape[0] * self.C, *x.shape[2:])
-            by_token.copy_(flat.index_copy_(0, self.places, x[0].index_select(0, self.tokens)).view(by_token.shape))
-            return out
-        by_row = by_token.unflatten(0, (-1, self.B)).transpose(0, 1)  # [B, steps, C, H, ...]
-        whole, left = divmod(self.last - self.first, self.C)
-        middle = self.first + whole * self.C
-        by_row[:, :whole].copy_(x[:, self.first : middle].unflatten(1, (whole, self.C)))
-        if left:
-            by_row[:, whole, :left].copy_(x[:, middle : self.last])
-            by_row[:, whole, left:].zero_()
+        """Copies the slab's tokens of x [tokens, H, ...] into out [chunks, H, C, ...]; places without a token become 0."""
+        by_token = out.transpose(1, 2)
+        for piece in self.pieces:
+            place = _chunks(by_token, piece)
+            place[:, :, : piece.length].copy_(_tokens(x, piece, self.C))
+            if piece.length < self.C:
+                place[:, :, piece.length :].zero_()
         return out
 
     def unpack(self, x: Tensor, out: Tensor) -> None:
-        """Copies x [chunks, H, C, ...] to the slab's tokens of out [B, T, H, ...]."""
+        """Copies x [chunks, H, C, ...] to the slab's tokens of out [tokens, H, ...]."""
         by_token = x.transpose(1, 2)
-        if self.tokens is not None:
-            assert self.places is not None
-            rows = by_token.reshape(-1, *out.shape[2:]).index_select(0, self.places)
-            out[0].index_copy_(0, self.tokens, rows.to(out.dtype))
-            return
-        by_row = by_token.unflatten(0, (-1, self.B)).transpose(0, 1)
-        whole, left = divmod(self.last - self.first, self.C)
-        middle = self.first + whole * self.C
-        out[:, self.first : middle].unflatten(1, (whole, self.C)).copy_(by_row[:, :whole])
-        if left:
-            out[:, middle : self.last].copy_(by_row[:, whole, :left])
+        for piece in self.pieces:
+            _tokens(out, piece, self.C).copy_(_chunks(by_token, piece)[:, :, : piece.length])
+
+
+def _tokens(x: Tensor, piece: Piece, C: int) -> Tensor:
+    """x [tokens, ...] -> view [sequences, steps, length, ...] of a piece."""
+    step = x.stride(0)
+    return x.as_strided(
+        (piece.sequences, piece.steps, piece.length, *x.shape[1:]),
+        (piece.apart * step, C * step, *x.stride()),
+        x.storage_offset() + piece.token * step,
+    )
+
+
+def _chunks(x: Tensor, piece: Piece) -> Tensor:
+    """x [chunks, C, ...] -> view [sequences, steps, C, ...] of a piece."""
+    step = x.stride(0)
+    return x.as_strided(
+        (piece.sequences, piece.steps, *x.shape[1:]),
+        (step, piece.stride * step, *x.stride()[1:]),
+        x.storage_offset() + piece.chunk * step,
+    )
 
 
 @dataclass(frozen=True)
@@ -85,12 +110,14 @@ class ChunkLayout:
     """The chunks of one call. N sequences in `chunks` chunks of C tokens.
 
     order: int64 [N], the sequence behind each row of the sorted states, or None where they keep their order.
+    heads: how many of the heads a slab is meant for.
     """
 
     N: int
     C: int
     chunks: int
     slabs: list[Slab]
+    heads: int
     order: Tensor | None = None
 
     def sort_states(self, states: Tensor) -> Tensor:
@@ -103,47 +130,74 @@ class ChunkLayout:
         return torch.empty_like(states).index_copy_(0, self.order, states)
 
 
-def chunk_layout(q: Tensor, cu_seqlens: Tensor | None, heads: int, C: int) -> ChunkLayout:
-    """The layout of q's tokens ([B, T, ...], packed when cu_seqlens is given) in chunks of C, for so many value heads."""
+def chunk_layout(
+    q: Tensor, cu_seqlens: Tensor | None, heads: int, C: int, most: int | None, least: int, together: bool
+) -> ChunkLayout:
+    """The layout of q's tokens ([B, T, ...], packed when cu_seqlens is given) in chunks of C.
+
+    heads: that the chunks are worked on with. most: chunks times heads of a slab, None for no limit. least: steps that a slab
+    has in any case. together: whether a slab is for all heads, or for as many as fit.
+    """
     B, T = q.shape[:2]
-    if cu_seqlens is None:
-        sizes = [B] * -(-T // C)
-        slabs = [
-            Slab(B, C, sizes[s:e], slice(s * B, e * B), s * C, min(e * C, T), None, None)
-            for s, e in _cut(sizes, heads, q.device)
-        ]
-        return ChunkLayout(B, C, len(sizes) * B, slabs)
-
-    starts, ends = torch.tensor([bounds[1:] for bounds in sequence_bounds(cu_seqlens, B, T)]).unbind(1)
-    lengths = ends - starts
-    N = lengths.numel()
-    order = torch.argsort(lengths, descending=True, stable=True)
-    steps = -(-int(lengths.max()) // C)
-    running = (lengths[order][None] > C * torch.arange(steps)[:, None]).sum(1)
-    before = torch.cat([running.new_zeros(1), running.cumsum(0)])  # chunks before each step
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(N)
-    inside = torch.arange(T) - torch.repeat_interleave(starts, lengths)
-    places = (before[inside // C] + torch.repeat_interleave(rank, lengths)) * C + inside % C
-    tokens = torch.argsort(places)
-    places = places[tokens]
-    sizes = running.tolist()
-    slabs = []
-    for s, e in _cut(sizes, heads, q.device):
-        a, b = int(before[s]), int(before[e])
-        i, j = torch.searchsorted(places, torch.tensor([a * C, b * C])).tolist()
-        here = (tokens[i:j].to(q.device), (places[i:j] - a * C).to(q.device))
-        slabs.append(Slab(B, C, sizes[s:e], slice(a, b), 0, 0, *here))
-    return ChunkLayout(N, C, int(before[-1]), slabs, order.to(q.device))
+    bounds = [(row * T + start, end - start) for row, start, end in sequence_bounds(cu_seqlens, B, T)]
+    order = sorted(range(len(bounds)), key=lambda n: -bounds[n][1])
+    runs = _runs([bounds[n] for n in order])
+    sizes = [0] * -(-runs[0].length // C)
+    for run in runs:
+        for t in range(-(-run.length // C)):
+            sizes[t] += run.sequences
+    if most is not None and not together:
+        heads = max(1, min(heads, most // (least * max(sizes))))
+    before = [0, *itertools.accumulate(sizes)]
+    slabs = [
+        Slab(C, sizes[s:e], slice(before[s], before[e]), list(_pieces(runs, sizes, before, s, e, C)))
+        for s, e in _cut(sizes, heads, most, least)
+    ]
+    kept = order == list(range(len(bounds)))
+    places = None if kept else torch.tensor(order, device=q.device)
+    return ChunkLayout(len(bounds), C, before[-1], slabs, heads, places)
 
 
-def _cut(sizes: list[int], heads: int, device: torch.device) -> list[tuple[int, int]]:
+def _runs(bounds: list[tuple[int, int]]) -> list[Run]:
+    """bounds: start and length of each sequence, by falling length. Empty ones are in no run."""
+    runs: list[Run] = []
+    for rank, (start, length) in enumerate(bounds):
+        if not length:
+            break
+        last = runs[-1] if runs else None
+        if last is not None and last.length == length:
+            apart = start - last.start if last.sequences == 1 else last.apart
+            if start == last.start + last.sequences * apart:
+                runs[-1] = last._replace(sequences=last.sequences + 1, apart=apart)
+                continue
+        runs.append(Run(rank, 1, start, 0, length))
+    return runs
+
+
+def _pieces(runs: list[Run], sizes: list[int], before: list[int], first: int, last: int, C: int) -> Iterator[Piece]:
+    """The pieces of steps [first, last): none runs over a step at which the number of running sequences changes."""
+    changes = [t for t in range(first + 1, last) if sizes[t] != sizes[t - 1]]
+    for s, e in itertools.pairwise([first, *changes, last]):
+        for run in runs:
+            if run.length <= s * C:
+                break
+            whole = min(e, run.length // C)
+            token, chunk = run.start + s * C, before[s] - before[first] + run.rank
+            if whole > s:
+                yield Piece(run.sequences, whole - s, C, token, run.apart, chunk, sizes[s])
+            left = run.length - whole * C
+            if whole < e and left > 0:
+                done = whole - s
+                yield Piece(run.sequences, 1, left, token + done * C, run.apart, chunk + done * sizes[s], sizes[s])
+
+
+def _cut(sizes: list[int], heads: int, most: int | None, least: int) -> list[tuple[int, int]]:
     """Cuts the steps, given the chunks of each, into slabs [(first step, last step + 1)]."""
-    if device.type != "cpu":  # an accelerator wants all the work at once
+    if most is None:
         return [(0, len(sizes))]
     cuts, start, held = [], 0, 0
     for t, n in enumerate(sizes):
-        if t - start >= LEAST_STEPS and (held + n) * heads > SLAB:
+        if t - start >= least and (held + n) * heads > most:
             cuts.append((start, t))
             start, held = t, 0
         held += n

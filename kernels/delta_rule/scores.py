@@ -1,13 +1,11 @@
-"""Causal products of queries and keys inside a chunk, under decay: A and P of `chunked.py`, and their gradient.
+"""Causal products of queries and keys inside a chunk where every channel decays by itself: A and P of `chunked.py`, and
+their gradient.
 
-Where a head has one decay, the products are taken whole and decayed afterwards. Where every channel has its own, the
-decay is inside the product:
-
-A lower triangle of C x C splits in squares: for s = 1, 2, 4 .. C / 2, the rows of each odd run of s tokens against the
-columns of the even run before it. In such a square the decay from column j to row i is prefix[i] * suffix[j]: the
-decay from the start of i's run through i, times that after j to the end of j's run. So each square is one matrix
-product also where every channel decays by itself. (GLA and KDA put one reference inside each block of 16 and treat the
-16 x 16 triangle elementwise; squares down to s = 1 leave no triangle.)
+The decay is inside the product. A lower triangle of C x C splits in squares: for s = 1, 2, 4 .. C / 2, the rows of each odd
+run of s tokens against the columns of the even run before it. In such a square the decay from column j to row i is
+prefix[i] * suffix[j]: the decay from the start of i's run through i, times that after j to the end of j's run. So each square
+is one matrix product. (GLA and KDA put one reference inside each block of 16 and treat the 16 x 16 triangle elementwise;
+squares down to s = 1 leave no triangle.)
 """
 
 from __future__ import annotations
@@ -18,39 +16,10 @@ from torch import Tensor
 from kernels.delta_rule.decays import Decays, doubling, lower_blocks, runs
 
 
-def scores(rows: Tensor, columns: Tensor, decays: Decays | None) -> Tensor:
-    """Products of rows [M, 2C, K], queries above keys, with columns [M, C, K], decayed from column to row.
-
-    For no gate and for one decay a head. Returns [M, 2, C, C] in the decays' dtype: for queries the lower triangle with
-    its diagonal, for keys strictly below it; the rest is zero.
-    """
-    M, C, _ = columns.shape
-    out = torch.bmm(rows, columns.mT).view(M, 2, C, C)
-    return _mask_(out if decays is None else out.to(decays.alpha.dtype), decays)
-
-
-def scores_backward_(
-    drows: Tensor, dcolumns: Tensor, dscore: Tensor, score: Tensor, rows: Tensor, columns: Tensor, decays: Decays | None
-) -> Tensor | None:
-    """Adds the gradients of `scores` to drows and dcolumns. dscore may hold anything outside the triangles.
-
-    Overwrites dscore. Returns, where there is a decay, dG [M, C, 1]: the gradient towards the running sum of g.
-    """
-    dG = None
-    if decays is not None:
-        slope = dscore.to(decays.alpha.dtype) * score
-        # The diagonal has no decay and would only leave rounding errors.
-        slope[:, 0].diagonal(dim1=1, dim2=2).zero_()
-        dG = (slope.sum((1, 3)) - slope.sum((1, 2)))[..., None]
-    flat = _mask_(dscore, decays).flatten(1, 2)
-    drows.baddbmm_(flat, columns)
-    dcolumns.baddbmm_(flat.mT, rows)
-    return dG
-
-
 def channel_scores(X: Tensor, w: Tensor, decays: Decays, operands: torch.dtype) -> Tensor:
-    """As `scores`, for decays per channel: rows X [M, 2, C, K], columns w [M, C, K].
+    """Products of rows X [M, 2, C, K], queries and keys, with columns w [M, C, K], decayed from column to row.
 
+    Returns [M, 2, C, C]: for queries the lower triangle with its diagonal, for keys strictly below it; the rest is zero.
     The operands of matrix products, decayed, are rounded to the dtype `operands`.
     """
     M, _, C, _ = X.shape
@@ -80,18 +49,6 @@ def channel_scores_backward(
             runs(dw, s, 0).addcmul_((square.mT @ rows).to(X.dtype), runs(suffix, s, 0))
     dG = (X * dX).sum(1).addcmul_(w, dw, value=-1.0)
     return dX, dw, dG, dscore[:, 0].diagonal(dim1=1, dim2=2)[..., None].to(X.dtype)
-
-
-def _mask_(pairs: Tensor, decays: Decays | None) -> Tensor:
-    """Decays [M, 2, C, C] where a head has one decay, and zeroes it above the diagonal; for keys also on it."""
-    if decays is None:
-        pairs[:, 0].tril_()
-        pairs[:, 1].tril_(-1)
-    else:
-        assert decays.pair is not None
-        pairs.mul_(decays.pair[:, None])
-        pairs[:, 1].diagonal(dim1=1, dim2=2).zero_()
-    return pairs
 
 
 def _square_operands(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from kernels import delta_rule
 from kernels.delta_rule.chunked import delta_rule_chunked
+from kernels.delta_rule.chunked_gates import Pairs, gates
 from kernels.delta_rule.decode import delta_rule_step
+from kernels.delta_rule.layout import chunk_layout
 from kernels.delta_rule.reference import delta_rule_reference
 from tests.kernels.delta_rule_cases import GATES, assert_close, inputs, run
 
@@ -115,6 +118,33 @@ def test_packed_equals_each_sequence_alone(lengths: tuple[int, ...], gate: str) 
         states.append(state)
     alone = run(lambda *_, **__: (torch.cat(outputs, 1), torch.cat(states)), tensors)
     assert_close(packed, alone, 1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 1000])
+@pytest.mark.parametrize("lengths", [(150, 70, 20, 150, 64, 3), (40, 40, 40, 17, 17), (128, 130, 128)])
+def test_slabs_of_few_chunks_and_heads_change_nothing(
+    lengths: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that end in the middle of a slab or between two, several runs of equal lengths, groups of one head."""
+    monkeypatch.setattr(importlib.import_module("kernels.delta_rule.chunked"), "SLAB", most)
+    tensors = inputs(sum(lengths), "head", B=1, N=len(lengths), H=3, HV=6, K=4, V=5)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    found = run(delta_rule_chunked, tensors, cu_seqlens=cu_seqlens, normalize_qk=True, chunk_size=16)
+    assert_close(found, run(delta_rule_reference, tensors, cu_seqlens=cu_seqlens, normalize_qk=True), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fading_decays_end_before_denormal_numbers(dtype: torch.dtype) -> None:
+    """Of every pair of tokens: the product of the decays between them, or 0; times a small input still a normal number."""
+    g = torch.full((64, 1), -1.5 if dtype == torch.float32 else -12.0, dtype=dtype)
+    layout = chunk_layout(g[None], None, 1, 64, None, 1, False)
+    pairs = gates(torch.ones_like(g), g, layout, 1, dtype).pairs(slice(0, 1), Pairs(1, 64, g))[0]
+    steps = torch.arange(64, dtype=torch.float64)
+    wanted = ((steps[:, None] - steps) * g[0].double()).exp().tril()
+    assert ((wanted > 0) & (wanted < torch.finfo(dtype).tiny)).any()
+    kept = pairs > 0
+    assert torch.equal(kept, (wanted > torch.finfo(dtype).tiny ** 0.8))
+    torch.testing.assert_close(pairs[kept].double(), wanted[kept], rtol=100 * torch.finfo(dtype).eps, atol=0.0)
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -1,47 +1,32 @@
-"""The gradient of the chunked delta rule.
-
-Notation of `chunked.py`, with T = (I + P)^-1, dS the gradient of the state at the END of a chunk, and [a; b] rows
-stacked:
-
-    de = Aᵀ do + write dS          Y = Tᵀ de          dv = Y
-    dA = tril(do eᵀ)               dP = −stril(Y eᵀ)       since d(T r) through T is −(Tᵀ de)(T r)ᵀ
-    dXe = [do; −Y] Sᵀ              dwrite = e dSᵀ
-    dS' = decay(chunk) dS + Xeᵀ [do; −Y]                   the gradient at the chunk's start
-
-So the keys act as further queries, whose output gradient is −Y. The gradient of a step's log decay sums what passes
-over that step: rows at or after it, columns before it, and the state itself.
-"""
+"""The gradient of the chunked delta rule where every channel decays by itself: `chunked.py` derives it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.delta_rule.chunked import Chunks, add_product_, prepare
+from kernels.delta_rule.chunked_channel import Chunks, add_product_, prepare
 from kernels.delta_rule.layout import ChunkLayout, Slab
-from kernels.delta_rule.scores import channel_scores_backward, scores_backward_
+from kernels.delta_rule.scores import channel_scores_backward
 
 
-def backward_slabs(
+def backward_channels(
     q: Tensor,
     k: Tensor,
     beta: Tensor,
-    g: Tensor | None,
-    e: Tensor,
-    score: Tensor,
-    inverse: Tensor,
-    states: Tensor,
+    g: Tensor,
+    kept: tuple[Tensor, ...],
     do: Tensor,
     dstate: Tensor,
     scale: float,
     normalize_qk: bool,
     layout: ChunkLayout,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, v, beta, g and, in the accumulation dtype, of the initial state."""
-    H, HV, K, V = q.shape[2], do.shape[2], q.shape[3], do.shape[3]
-    C = layout.C
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g, with tokens in their first dim, and, in the accumulation dtype, of the initial state."""
+    (H, K), (HV, V), C = q.shape[1:], do.shape[1:], layout.C
+    e, score, inverse, states = kept
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, do))
-    dbeta, dg = torch.empty_like(beta), None if g is None else torch.empty_like(g)
+    dbeta, dg = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (beta, g))
     dS = layout.sort_states(dstate).to(states.dtype, copy=True).view(layout.N * HV, K, V)
     for slab, S in zip(reversed(layout.slabs), reversed(states.unbind(0))):
         rows = slab.rows(HV)
@@ -53,8 +38,7 @@ def backward_slabs(
 
         slab.unpack(D[:, 1].neg_().view(-1, HV, C, V), dv)
         slab.unpack((dw * chunks.X[:, 1]).sum(-1).view(-1, HV, C), dbeta)
-        if dg is not None and dlog is not None:
-            slab.unpack(dlog.view(-1, HV, C, *dg.shape[3:]), dg)
+        slab.unpack(dlog.view(-1, HV, C, K), dg)
         dX[:, 1].addcmul_(dw, chunks.beta)
         if chunks.lengths is not None:
             _unit_length_backward_(dX, chunks.X, chunks.lengths, scale)
@@ -69,62 +53,42 @@ def backward_slabs(
 
 def _slab_backward(
     chunks: Chunks, S: Tensor, dS: Tensor, e: Tensor, score: Tensor, inverse: Tensor, D: Tensor, slab: Slab, HV: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dX [M, 2, C, K], dw [M, C, K] and dg [M, C, D] of a slab, given the states S before it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX [M, 2, C, K], dw [M, C, K] and dg [M, C, K] of a slab, given the states S before it.
 
     Takes dS from the end of the slab to its start, in place, and fills D[:, 1] with -Y.
     """
     M, _, C, V = D.shape
     decays = chunks.decays
-    reads, writes, errors, inverses, Ds = (
-        slab.split(x, HV) for x in (chunks.read, chunks.write, e, inverse, D.view(M, 2 * C, V))
+    reads, writes, errors, inverses, Ds, whole = (
+        slab.split(x, HV) for x in (chunks.read, chunks.write, e, inverse, D.view(M, 2 * C, V), decays.whole)
     )
-    late = None if chunks.late_decay is None else slab.split(chunks.late_decay, HV)
-    whole = None if decays is None else slab.split(decays.whole, HV)
 
     # The states are computed again rather than kept from the forward pass: 2 of some 30 products.
     starts = [S]
     for t in range(len(slab.sizes) - 1):
-        S = starts[-1][: len(reads[t])]
-        S = S.clone() if whole is None else S * whole[t]
+        S = starts[-1][: len(reads[t])] * whole[t]
         starts.append(add_product_(S, writes[t].mT, errors[t]))
 
     de = torch.bmm(score[:, 0].mT, D[:, 0])
     dread, dwrite = torch.empty_like(chunks.read), torch.empty_like(chunks.write)
-    dwhole = None if whole is None else S.new_empty(M, S.shape[1])
-    des, dreads, dwrites = (slab.split(x, HV) for x in (de, dread, dwrite))
-    dwholes = None if dwhole is None else slab.split(dwhole, HV)
+    dwhole = S.new_empty(M, S.shape[1])
+    des, dreads, dwrites, dwholes = (slab.split(x, HV) for x in (de, dread, dwrite, dwhole))
     for t in reversed(range(len(slab.sizes))):
         S = starts[t][: len(reads[t])]
         now = dS[: len(reads[t])]
         dnow = now.to(e.dtype)
         torch.bmm(errors[t], dnow.mT, out=dwrites[t])
-        if dwholes is not None:
-            torch.sum(S * now, -1, out=dwholes[t])
+        torch.sum(S * now, -1, out=dwholes[t])
         des[t].baddbmm_(writes[t], dnow)
         torch.neg(torch.bmm(inverses[t].mT, des[t]), out=Ds[t][:, C:])
-        rows = Ds[t]
-        if late is not None:
-            rows = (rows.unflatten(1, (2, C)) * late[t][:, None]).to(e.dtype).flatten(1, 2)
-        torch.bmm(rows, S.to(e.dtype).mT, out=dreads[t])
-        if whole is not None:
-            now *= whole[t]
-        add_product_(now, reads[t].mT, rows)
+        torch.bmm(Ds[t], S.to(e.dtype).mT, out=dreads[t])
+        now *= whole[t]
+        add_product_(now, reads[t].mT, Ds[t])
 
     dscore = torch.bmm(D.view(M, 2 * C, V), e.mT).view(M, 2, C, C)
-    X, w, wide = chunks.X, chunks.w, chunks.X.dtype
-    if decays is None or dwhole is None:
-        scores_backward_(dread, dwrite, dscore, score, chunks.rows, chunks.columns, decays)
-        return dread.view_as(X).to(wide), dwrite.to(wide), None
+    X, w = chunks.X, chunks.w
     dwhole *= decays.whole[..., 0]
-    if decays.pair is not None:
-        reading = (X * dread.view_as(X).to(wide)).sum((1, 3))[..., None]
-        dwrite.mul_(decays.to_end)
-        writing = (w * dwrite.to(wide)).sum(-1, keepdim=True)
-        dG = scores_backward_(dread, dwrite, dscore, score, chunks.rows, chunks.columns, decays)
-        assert dG is not None
-        dg = _sums(dG.add_(reading), writing, dwhole.sum(-1, keepdim=True))
-        return dread.view_as(X).to(wide), dwrite.to(wide), dg
     dX, dw, dG, diagonal = channel_scores_backward(dscore, X, w, decays)
     dread = dread.view_as(X) * decays.from_start[:, None]
     dwrite = dwrite * decays.to_end
@@ -135,7 +99,7 @@ def _slab_backward(
 
 
 def _sums(from_step: Tensor, before_step: Tensor, always: Tensor) -> Tensor:
-    """dg [M, C, D] of each step: the first argument from that step on, the second before it, and the third [M, D].
+    """dg [M, C, K] of each step: the first argument from that step on, the second before it, and the third [M, K].
 
     One product with two triangles of ones: a running sum along a strided dim is slower. "All minus those from the step
     on" would cancel.
