@@ -85,8 +85,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interle
     half = cos.shape[-1]
     use = parameters("rotary", architecture(x.device), defaults=DEFAULTS, K=K, R=2 * half)
     block = triton.next_power_of_2(half)
-    rows = max(1, use.pop("ELEMENTS") // block)
     rest = triton.next_power_of_2(K - 2 * half) if 2 * half < K else 0
+    # What is only copied counts, too, as far as a program's share of it has to fit its registers.
+    rows = max(1, use.pop("ELEMENTS") // max(block, rest // 4))
     # Rows of the tables, or of the positions, are shared by the batch where there is one row of them only.
     period = cos.numel() // half if positions is None else positions.numel()
     turn_kernel[(triton.cdiv(B * T * H, rows),)](
