@@ -56,6 +56,22 @@ def test_matrices_decay_and_nothing_else() -> None:
     assert {"conv", "A_log", "dt_bias", "q_norm", "norm"} <= kept and "embedding.weight" in others
 
 
+def test_three_steps_of_adamw_by_hand() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = AdamWConfig(lr=0.1, beta1=0.6, beta2=0.9, eps=0.5, weight_decay=0.3).build(model)  # type: ignore[arg-type]
+    weight = model.weight.detach().double()
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in (1, 2, 3):
+        model.weight.grad = torch.randn(2, 3)
+        gradient = model.weight.grad.double()
+        optimizer.step()
+        m, v = 0.6 * m + 0.4 * gradient, 0.9 * v + 0.1 * gradient**2
+        update = m / (1 - 0.6**step) / ((v / (1 - 0.9**step)).sqrt() + 0.5)
+        weight = weight * (1 - 0.1 * 0.3) - 0.1 * update
+        torch.testing.assert_close(model.weight.detach().double(), weight, rtol=1e-5, atol=1e-6)
+
+
 def test_update_is_decoupled_adamw() -> None:
     """One step by hand: the first update of Adam is the gradient's sign, decay multiplies the weight."""
     model = torch.nn.Linear(3, 2)

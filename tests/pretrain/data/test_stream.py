@@ -138,7 +138,43 @@ def test_no_sequence_twice_in_a_pass_and_passes_are_counted(sources: list[Corpus
         {(p.document, p.start) for i in range(windows[0]) for p in one.stream.arrangement(0, 0).row(e * windows[0] + i).pieces}
         for e in range(2)
     ]  # fmt: skip
-    assert firsts[0] != firsts[1]  # another pass cuts elsewhere
+    alike = firsts[0] == firsts[1]
+    assert not alike  # another pass cuts elsewhere
+
+
+def test_windows_are_shuffled_anew_in_every_epoch(sources: list[Corpus]) -> None:
+    """How far each window lies from the one before it does not depend on where the epoch's cuts begin."""
+    order, corpus = loader(sources, stages=[Stage(0, 8, 1, T, (1.0,) * 3)]).stream.arrangement(0, 0), sources[0]
+    numbers = np.arange(int(order.windows_per_epoch))
+    leaps = []
+    for epoch in range(3):
+        row, first, _ = order.pieces(numbers + epoch * len(numbers))
+        begins = first[np.flatnonzero(np.diff(row, prepend=-1))]
+        leaps.append(tuple(np.diff(begins) % int(corpus.starts[-1])))
+    different = len(set(leaps))  # apart from the assertion, which would print them all
+    assert different == 3
+
+
+def test_sources_and_lengths_are_shuffled_apart(sources: list[Corpus]) -> None:
+    """The same text given twice, and cut a second time, is read in three orders."""
+    stages = [Stage(0, 8, 1, T, (1.0, 1.0)), Stage(800, 8, 1, T + 1, (1.0, 1.0), None, run=1)]
+    for packing in ("concatenate", "best_fit"):
+        stream = loader([sources[0], sources[0]], stages=stages, packing=packing).stream
+        firsts = [
+            [stream.arrangement(run, source).row(number).pieces[0].document for number in range(50)]
+            for run, source in ((0, 0), (0, 1), (1, 0))
+        ]
+        assert len({tuple(each) for each in firsts}) == 3, packing
+
+
+def test_nothing_is_used_twice_as_weights_and_batches_change(sources: list[Corpus]) -> None:
+    one = loader(sources)
+    used = Counter(each for step in range(STEPS) for batch in one.references(step, 0, 1) for each in batch)
+    assert max(used.values()) == 1 and len(used) == sum(one.stage(step).batch for step in range(STEPS))
+    numbers: dict[tuple[int, int], list[int]] = {}
+    for each in used:
+        numbers.setdefault((each.run, each.source), []).append(each.sequence)
+    assert all(sorted(found) == list(range(len(found))) for found in numbers.values())  # and nothing is left out
 
 
 def test_weights_hold_at_every_step_of_every_stage(sources: list[Corpus]) -> None:
@@ -224,6 +260,16 @@ def test_best_fit_keeps_documents_whole_in_every_epoch(sources: list[Corpus], mo
         # But for documents of one token, and a last one by itself: all tokens are inputs.
         assert {d for d, _ in tokens} == {d for d in range(corpus.documents) if corpus.lengths[d] > 1}
     assert orders[0] != orders[1] and set(orders[0]) == set(orders[1])
+
+
+def test_best_fit_shuffles_within_a_group(sources: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that follow each other come from all blocks of a group."""
+    monkeypatch.setattr("pretrain.data.best_fit.BLOCK", 16)
+    monkeypatch.setattr("pretrain.data.best_fit.GROUP", 5)
+    packed = BestFit(sources[0].starts, 32, 3)
+    blocks = [packed.row(number).pieces[0].document // 16 for number in range(40)]
+    assert len(set(blocks)) == 5
+    assert sum(a != b for a, b in pairwise(blocks)) > 20
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
