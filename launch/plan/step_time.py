@@ -112,8 +112,9 @@ def _time_of(stage: StageCosts, costs: RankCosts, of_stage: dict[int, StepTime])
 
 
 def update_bytes(config: RunConfig) -> float:
+    """That an update reads and writes for each parameter."""
     optimizer = config.optimizer
-    fused = optimizer.kind == "muon" or (optimizer.kind == "adamw" and optimizer.fused is not False)
+    fused = optimizer.kind == "muon" or (optimizer.kind == "adamw" and optimizer.fuses("cuda"))
     return FUSED if fused else UPDATE
 
 

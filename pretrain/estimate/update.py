@@ -51,9 +51,7 @@ def scratch(optimizer: Any, sums: Updated) -> float:
     """Bytes that an update needs for a moment."""
     decayed, others, _, _ = sums
     if isinstance(optimizer, AdamWConfig):
-        return (
-            0.0 if optimizer.fused is not False else 4.0 * max(decayed, others)
-        )  # square roots, a whole group at a time
+        return 0.0 if optimizer.fuses("cuda") else 4.0 * max(decayed, others)  # square roots, a whole group at a time
     if isinstance(optimizer, LAMBConfig):
         return 4.0 * (decayed + others + sums.largest)  # all updates wait for the norms
     if isinstance(optimizer, MuonConfig):

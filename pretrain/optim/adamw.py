@@ -22,6 +22,10 @@ class AdamWConfig(MomentsConfig):
     """All of the update in one pass over memory, by torch's fused kernel, instead of ten. null: where torch has one for the
     device. The results differ from the other form's in the last bits."""
 
+    def fuses(self, device: str) -> bool:
+        """Whether parameters on this type of device (cpu, cuda, meta) are updated by torch's fused kernel."""
+        return device in ("cpu", "cuda") if self.fused is None else self.fused
+
     def check(self, engine: str) -> None:
         """Works under every engine."""
 
@@ -37,7 +41,7 @@ class AdamWConfig(MomentsConfig):
             for alike in by_type(parameters)
         ]
         device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-        fused = device in ("cpu", "cuda") if self.fused is None else self.fused
+        fused = self.fuses(device)
         # foreach: a kernel launch for many tensors at a time.
         return torch.optim.AdamW(
             groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=not fused, fused=fused

@@ -3,14 +3,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from launch.plan.chip import RAMP, Chip
 from launch.plan.source import with_
-from launch.plan.step_time import CASTS, CLIP, FUSED, TRAFFIC, UPDATE, step_time
+from launch.plan.step_time import CASTS, CLIP, FUSED, TRAFFIC, UPDATE, step_time, update_bytes
 from parallel.fabric.topology import Fabric, Switch
 from pretrain.config import RunConfig
 from pretrain.estimate.costs import Collective
 from pretrain.estimate.hardware import Hardware
+from pretrain.estimate.update import Updated, scratch
 from pretrain.optim.adamw import AdamWConfig
 from pretrain.optim.lamb import LAMBConfig
 from tests.launch.plan.cases import BANDWIDTH, RUN, chip, costs
@@ -57,6 +59,15 @@ def test_memory_and_update_by_bytes() -> None:
     for optimizer in (AdamWConfig(fused=False), LAMBConfig()):
         unfused = time(costs(parameters=1_000_000), CONFIG.model_copy(update={"optimizer": optimizer}))
         assert unfused.optimizer == pytest.approx(UPDATE * 1e6 / BANDWIDTH)
+
+
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_time_memory_and_the_optimizer_itself_agree_on_what_is_fused(fused: bool | None) -> None:
+    optimizer = AdamWConfig(fused=fused)
+    assert optimizer.build(torch.nn.Linear(2, 2)).param_groups[0]["fused"] is optimizer.fuses("cpu")
+    assert optimizer.fuses("cuda") is (fused is not False) and optimizer.fuses("meta") is (fused is True)
+    assert (scratch(optimizer, Updated(9, 5, 0, 9)) == 0.0) is optimizer.fuses("cuda")
+    assert (update_bytes(CONFIG.model_copy(update={"optimizer": optimizer})) == FUSED) is optimizer.fuses("cuda")
 
 
 def test_recomputation_takes_its_flops_again() -> None:
