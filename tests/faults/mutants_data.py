@@ -255,7 +255,7 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
         PIECES,
         'table[i] = len(processor.id_to_piece(i).replace(SPACE, " ").encode())',
         'table[i] = len(processor.id_to_piece(i).replace(SPACE, " "))',
-        WORDS + "test_ids_and_table",
+        SPELT + "test_user_symbols_are_one_id_each",
     ),
     (
         "data: control ids in a tokenizer.json's text are obeyed",

@@ -136,6 +136,7 @@ def test_resume_with_another_global_batch_repeats_and_skips_nothing(corpus: Corp
         ("corpus", "0" * 32, "point `data.path`"),
         ("seed", 6, "set the data seed"),
         ("sequence_length", 64, "set `sequence_length`"),
+        ("packing", "best_fit", "set `data.packing`"),
         ("order_version", 0, "use the release"),
     ],
 )

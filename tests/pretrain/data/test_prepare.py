@@ -61,6 +61,11 @@ def test_every_document_is_there_once_byte_for_byte(prepared: Path, text_folder:
     manifest = read(prepared)
     assert manifest.input_files == len(list(text_folder.iterdir()))
     assert manifest.dropped == {"duplicate": 0, "empty": files[b""], "unreadable": 0}
+    for split in manifest.splits:
+        corpus = Corpus.open(prepared, split)
+        ends = {corpus.tokenizer().bos, corpus.tokenizer().eos}
+        for ids in (corpus.read(i).tolist() for i in range(corpus.documents)):
+            assert (ids[0], ids[-1]) == (corpus.tokenizer().bos, corpus.eos) and not ends & set(ids[1:-1])
 
 
 def test_manifest_states_the_files(prepared: Path) -> None:

@@ -124,6 +124,7 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
         assert target == tmp_path / "corpus" / "tokenizer.model"
         copied = Tokenizer(target)
         assert (copied.eos, copied.encode(text)) == (0, tokenizer.encode(text))
+        assert copied.decode(copied.encode("a [[stop]]")) == "a [[stop]]" and 0 not in copied.encode("a [[stop]]")
         assert copied.decode(copied.encode(text)) == text
         assert copied.fingerprint == tokenizer.fingerprint == fingerprint(folder / "tokenizer.json")
         assert install(tmp_path / "corpus", tmp_path / "corpus") == target
