@@ -108,7 +108,7 @@ def gather(x: Tensor, layout: ChunkLayout, H: int) -> Tensor:
     out = x.new_empty(layout.chunks * HV, C)
     for group in parts(layout, H, HV):
         for part in group:
-            part.slab.pack(x[:, part.value_heads], out[part.rows].unflatten(0, (-1, part.H)))
+            part.slab.pack(x[:, part.value_heads], out[part.rows].view(-1, part.H, C))
     return out
 
 
@@ -116,7 +116,7 @@ def scatter(x: Tensor, out: Tensor, layout: ChunkLayout, H: int) -> Tensor:
     """The reverse of `gather`, into out [tokens, HV]."""
     for group in parts(layout, H, out.shape[1]):
         for part in group:
-            part.slab.unpack(x[part.rows].unflatten(0, (-1, part.H)), out[:, part.value_heads])
+            part.slab.unpack(x[part.rows].view(-1, part.H, layout.C), out[:, part.value_heads])
     return out
 
 

@@ -108,21 +108,22 @@ def forward_heads(
     spaces: dict[int, Pairs] = {}
     for group in parts(layout, H, HV):
         keys = key_side(q, k, group[0], scale, normalize_qk, dtype)
-        M, heads = len(keys.X), (-1, group[0].H)
+        M, h = keys.X.shape[0], group[0].H
         if M not in spaces:
             spaces[M] = Pairs(M, C, S)
         for part in group:
             score = gate.pairs(part.rows, spaces[M]).mul(gate.beta[part.rows, None])[:, None] * keys.raw
-            inverse = unit_lower_inverse(score[:, 1])
-            values = part.slab.pack(v[:, part.value_heads], S.new_empty(M, C, V).unflatten(0, heads)).view(M, C, V)
+            inverse = F.hardshrink(unit_lower_inverse(score[:, 1]), faint(dtype))
+            values = S.new_empty(M, C, V)
+            part.slab.pack(v[:, part.value_heads], values.view(-1, h, C, V))
             if direct:
                 e, starts = kept[0][part.rows], kept[2][part.rows]
             else:
                 e, starts = torch.empty_like(values), S.new_empty(M, K, V)
             out = _scan(S[part.states], keys.X, gate, part, values, inverse, e, starts)
-            part.slab.unpack(out.baddbmm_(score[:, 0], e).unflatten(0, heads), o[:, part.value_heads])
+            part.slab.unpack(out.baddbmm_(score[:, 0], e).view(-1, h, C, V), o[:, part.value_heads])
             if recording:
-                kept[1][part.rows] = F.hardshrink(inverse, faint(dtype))
+                kept[1][part.rows] = inverse
                 if not direct:
                     kept[0][part.rows], kept[2][part.rows] = e, starts
     return o, states_by_sequence(S, layout, H, HV), kept
@@ -140,9 +141,9 @@ def _scan(
     whole = gate.from_start[part.rows, -1:, None]
     split = [part.slab.split(x, part.H) for x in (read[:, 0], read[:, 1], write.mT, values, inverse, e, out, whole)]
     now = part.slab.split(starts, part.H)
-    now[0].copy_(S[: len(now[0])])
+    now[0].copy_(S[: now[0].shape[0]])
     for t, (queries, reads, writes, error, inverses, errors, outs, decay) in enumerate(zip(*split)):
-        n, left = len(now[t]), len(now[t + 1]) if t + 1 < len(now) else 0
+        n, left = now[t].shape[0], now[t + 1].shape[0] if t + 1 < len(now) else 0
         torch.bmm(queries, now[t], out=outs)
         torch.bmm(inverses, error.baddbmm_(reads, now[t], alpha=-1.0), out=errors)
         after = now[t + 1] if left == n else S[:n]

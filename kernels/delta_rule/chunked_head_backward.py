@@ -39,22 +39,23 @@ def backward_heads(
     spaces: dict[int, Pairs] = {}
     for group in reversed(list(parts(layout, H, HV))):
         keys = key_side(q, k, group[0], scale, normalize_qk, dtype)
-        M, heads, slab = len(keys.X), (-1, group[0].H), group[0].slab
+        M, h, slab = keys.X.shape[0], group[0].H, group[0].slab
         if M not in spaces:
             spaces[M] = Pairs(M, C, dS)
         gradient = Keys(torch.empty_like(keys.X), None, torch.empty_like(keys.raw))
         for part in group:
-            d = slab.pack(do[:, part.value_heads], dS.new_empty(M, C, V).unflatten(0, heads)).view(M, C, V)
+            d = dS.new_empty(M, C, V)
+            slab.pack(do[:, part.value_heads], d.view(-1, h, C, V))
             e, inverse, starts = (x[part.rows].to(dtype) for x in kept)
             pair = gate.pairs(part.rows, spaces[M])
             own = (e, inverse, starts, dS[part.states], d)
             Y = _part_backward(keys, gradient, part is group[0], gate, part, pair, *own, sums)
-            slab.unpack(Y.unflatten(0, heads), dv[:, part.value_heads])
+            slab.unpack(Y.view(-1, h, C, V), dv[:, part.value_heads])
         dX, draw = gradient.X, gradient.raw.view(M, 2 * C, C)
         dX.view(M, 2 * C, K).baddbmm_(draw, keys.X[:, 1])
         dX[:, 1] += torch.bmm(draw.mT, keys.X.view(M, 2 * C, K))
         _unit_length_backward_(dX, keys, scale)
-        by_head = dX.unflatten(0, heads)
+        by_head = dX.view(-1, h, 2, C, K)
         slab.unpack(by_head[:, :, 0], dq[:, group[0].heads])
         slab.unpack(by_head[:, :, 1], dk[:, group[0].heads])
     dbeta = scatter(sums.beta(), torch.empty_like(beta, memory_format=torch.contiguous_format), layout, H)
@@ -119,14 +120,14 @@ def _part_backward(
     split = (read[:, 1].mT, write, inverse.mT, de, Y, queried, from_start[:, -1:, None])
     steps = list(zip(*(slab.split(x, part.H) for x in split)))
     after = slab.split(ends, part.H)
-    after[-1].copy_(dS[: len(after[-1])])
+    after[-1].copy_(dS[: after[-1].shape[0]])
     for t in reversed(range(len(steps))):
         reads, writes, inverses, des, Ys, query, decay = steps[t]
         torch.bmm(inverses, des.baddbmm_(writes, after[t]), out=Ys)
-        before, n = after[t - 1] if t else dS, len(reads)
+        before, n = after[t - 1] if t else dS, reads.shape[0]
         torch.addcmul(query, after[t], decay, out=before[:n]).baddbmm_(reads, Ys, alpha=-1.0)
-        if t and n < len(before):  # sequences that end before this step
-            before[n:].copy_(dS[n : len(before)])
+        if t and n < before.shape[0]:  # sequences that end before this step
+            before[n:].copy_(dS[n : before.shape[0]])
 
     # Of keys as readers the gradients have their signs changed, as Y.
     dread = (torch.bmm(do, starts.mT), torch.bmm(Y, starts.mT))

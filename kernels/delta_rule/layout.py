@@ -66,42 +66,42 @@ class Slab:
 
     def split(self, x: Tensor, heads: int) -> tuple[Tensor, ...]:
         """x [chunks · heads, ...] -> one tensor a step."""
-        return x.split([n * heads for n in self.sizes])
+        return x.split_with_sizes([n * heads for n in self.sizes])
 
     def pack(self, x: Tensor, out: Tensor) -> Tensor:
         """Copies the slab's tokens of x [tokens, H, ...] into out [chunks, H, C, ...]; places without a token become 0."""
-        by_token = out.transpose(1, 2)
         for piece in self.pieces:
-            place = _chunks(by_token, piece)
-            place[:, :, : piece.length].copy_(_tokens(x, piece, self.C))
+            place = _chunks(out, piece, piece.length, 0)
+            place.copy_(_tokens(x, piece, self.C))
             if piece.length < self.C:
-                place[:, :, piece.length :].zero_()
+                _chunks(out, piece, self.C - piece.length, piece.length).zero_()
         return out
 
     def unpack(self, x: Tensor, out: Tensor) -> None:
         """Copies x [chunks, H, C, ...] to the slab's tokens of out [tokens, H, ...]."""
-        by_token = x.transpose(1, 2)
         for piece in self.pieces:
-            _tokens(out, piece, self.C).copy_(_chunks(by_token, piece)[:, :, : piece.length])
+            _tokens(out, piece, self.C).copy_(_chunks(x, piece, piece.length, 0))
 
 
 def _tokens(x: Tensor, piece: Piece, C: int) -> Tensor:
     """x [tokens, ...] -> view [sequences, steps, length, ...] of a piece."""
-    step = x.stride(0)
+    strides = x.stride()
+    step = strides[0]
     return x.as_strided(
         (piece.sequences, piece.steps, piece.length, *x.shape[1:]),
-        (piece.apart * step, C * step, *x.stride()),
+        (piece.apart * step, C * step, *strides),
         x.storage_offset() + piece.token * step,
     )
 
 
-def _chunks(x: Tensor, piece: Piece) -> Tensor:
-    """x [chunks, C, ...] -> view [sequences, steps, C, ...] of a piece."""
-    step = x.stride(0)
+def _chunks(x: Tensor, piece: Piece, length: int, first: int) -> Tensor:
+    """x [chunks, H, C, ...] -> view [sequences, steps, length, H, ...] of a piece, from each chunk's place `first` on."""
+    _, H, _, *rest = x.shape
+    chunk, head, place, *strides = x.stride()
     return x.as_strided(
-        (piece.sequences, piece.steps, *x.shape[1:]),
-        (step, piece.stride * step, *x.stride()[1:]),
-        x.storage_offset() + piece.chunk * step,
+        (piece.sequences, piece.steps, length, H, *rest),
+        (chunk, piece.stride * chunk, place, head, *strides),
+        x.storage_offset() + piece.chunk * chunk + first * place,
     )
 
 
