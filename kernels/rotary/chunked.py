@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.common.rows import row_blocks
 
+BLOCK_ELEMENTS = 1 << 16  # of x, a thread: in bf16 the block is there twice more in fp32
+
 
 def rotary_chunked(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
     """See `kernels.rotary.rotary`."""
@@ -45,7 +47,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) -
     rows, half = x.flatten(0, 1), cos.shape[-1]
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = result.flatten(0, 1)
-    for block in row_blocks(out):
+    for block in row_blocks(out, BLOCK_ELEMENTS):
         r, o, c, s = rows[block], out[block], cos[block], sin[block]
         if interleaved:
             _turn_interleaved(r[..., : 2 * half], o[..., : 2 * half], c, s, sign)

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from kernels.common import rows
 from kernels.dispatch import Request, explain
 from kernels.rotary import FORMS, chunked, reference, rotary
 from tests.kernels.row_cases import assert_same, blocks, draw, value_and_gradient
 
-block = blocks(rows, "BLOCK_BYTES", 64)
+block = blocks(chunked, "BLOCK_ELEMENTS", 16)
 
 
 def tables(positions, channels, dtype=torch.float64):
