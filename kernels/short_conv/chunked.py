@@ -105,7 +105,7 @@ class _ShortConvolution(torch.autograd.Function):
         heads = _Heads(cu_seqlens, N, L, W, x.device) if W > 1 else None
         window = None if heads is None else _window(stream, initial_state, heads)
         z = _pre_activation(stream, weight, bias, window, heads)
-        y = F.silu(z) if silu else z
+        y = F.silu(z, inplace=True) if silu else z
         state = None
         if output_final_state:
             state = x.new_zeros(N, D, W - 1)
@@ -135,7 +135,8 @@ class _ShortConvolution(torch.autograd.Function):
 
         dz = torch.zeros_like(stream) if dy is None else dy.reshape(L, D).to(x.dtype)
         if ctx.silu:
-            dz = torch.ops.aten.silu_backward(dz.contiguous(), _pre_activation(stream, weight, bias, window, heads))
+            z = _pre_activation(stream, weight, bias, window, heads)
+            dz = torch.ops.aten.silu_backward.grad_input(dz.contiguous(), z, grad_input=z)
         dbias = None if bias is None else dz.sum(0, dtype=accumulate).to(bias.dtype)
 
         dweight = torch.zeros(W, D, dtype=accumulate, device=x.device)
