@@ -192,13 +192,6 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
         TWO_STEPS,
     ),
     (
-        "muon: a matrix without a gradient moves",
-        MUON,
-        "[index for index, piece in enumerate(pieces) if self.parameters[piece.part].grad is not None]",
-        "[*range(len(pieces))]",
-        ON_ONE + "test_a_parameter_without_gradient_stays",
-    ),
-    (
         "muon: queries, keys and values are one matrix",
         MATRICES,
         "sections.get(len(stack) + dim, [(length, length)])",
