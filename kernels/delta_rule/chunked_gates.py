@@ -61,24 +61,27 @@ def parts(layout: ChunkLayout, H: int, HV: int) -> Iterator[list[Part]]:
 
 @dataclass(frozen=True)
 class Gates:
-    """Of M = all chunks times value heads; in the accumulation dtype.
+    """Of M = all chunks times value heads; in the accumulation dtype, and in the shapes in which they multiply a part's tensors.
 
-    beta [M, C]. from_start [M, C]: the decay from before the chunk through the step. to_end [M, C]: after the step to the
-    end of the chunk. blocks [M, C / 8, 8, 8]: from column to row within runs of 8 tokens. levels: for runs of s = 8, 16 ..
-    C / 2 tokens: s, the decay from a run's start through the token, and from after it to the run's end, each [M, C].
+    beta [M, 1, C]. read [M, 1, C, 1]: the decay from before the chunk through the step. write [M, C, 1]: beta, decayed from
+    after the step to the end of the chunk; to_end [M, C, 1]: without beta. whole [M, 1, 1]: the decay over the chunk.
+    blocks [M, C / 8, 8, 8]: from column to row within runs of 8 tokens. levels: for the squares of s = 8, 16 .. C / 2 tokens
+    below the diagonal, the decays of their rows [M, C / 2s, s, 1] and of their columns [M, C / 2s, 1, s].
     """
 
     beta: Tensor
-    from_start: Tensor
+    read: Tensor
+    write: Tensor
     to_end: Tensor
+    whole: Tensor
     blocks: Tensor
-    levels: list[tuple[int, Tensor, Tensor]]
+    levels: list[tuple[Tensor, Tensor]]
 
     def pairs(self, rows: slice, out: Pairs) -> Tensor:
         """The decay from column to row [M, C, C] of a part's rows, in memory that the next call overwrites."""
         out.runs.copy_(self.blocks[rows])
-        for (s, prefix, suffix), square in zip(self.levels, out.squares):
-            torch.mul(runs(prefix[rows, :, None], s, 1), runs(suffix[rows, :, None], s, 0).mT, out=square)
+        for (row, column), square in zip(self.levels, out.squares):
+            torch.mul(row[rows], column[rows], out=square)
         return torch.threshold_(out.whole, faint(out.whole.dtype), 0.0)
 
 
@@ -133,6 +136,7 @@ def gates(beta: Tensor, g: Tensor | None, layout: ChunkLayout, H: int, dtype: to
             columns = runs(suffix.unflatten(1, (-1, RUN)), s, 0).mT
             torch.mul(runs(prefix.unflatten(1, (-1, RUN)), s, 1), columns, out=lower_blocks(blocks, s))
         elif s < C:
-            levels.append((s, prefix[..., 0].clone(), suffix[..., 0].clone()))
-    from_start, to_end = (torch.threshold_(x[..., 0], faint(dtype), 0.0) for x in (prefix, suffix))
-    return Gates(strength, from_start, to_end, blocks, levels)
+            levels.append((runs(prefix, s, 1).clone(), runs(suffix, s, 0).mT.clone()))
+    from_start, to_end = (torch.threshold_(x, faint(dtype), 0.0) for x in (prefix, suffix))
+    write = to_end * strength[..., None]
+    return Gates(strength[:, None], from_start[:, None], write, to_end, from_start[:, -1:], blocks, levels)

@@ -112,7 +112,7 @@ def forward_heads(
         if M not in spaces:
             spaces[M] = Pairs(M, C, S)
         for part in group:
-            score = gate.pairs(part.rows, spaces[M]).mul(gate.beta[part.rows, None])[:, None] * keys.raw
+            score = gate.pairs(part.rows, spaces[M]).mul(gate.beta[part.rows])[:, None] * keys.raw
             inverse = F.hardshrink(unit_lower_inverse(score[:, 1]), faint(dtype))
             values = S.new_empty(M, C, V)
             part.slab.pack(v[:, part.value_heads], values.view(-1, h, C, V))
@@ -138,7 +138,7 @@ def _scan(
     """
     read, write = operands(X, gate, part)
     out = torch.empty_like(values)
-    whole = gate.from_start[part.rows, -1:, None]
+    whole = gate.whole[part.rows]
     split = [part.slab.split(x, part.H) for x in (read[:, 0], read[:, 1], write.mT, values, inverse, e, out, whole)]
     now = part.slab.split(starts, part.H)
     now[0].copy_(S[: now[0].shape[0]])
@@ -155,9 +155,7 @@ def _scan(
 
 def operands(X: Tensor, gate: Gates, part: Part) -> tuple[Tensor, Tensor]:
     """[M, 2, C, K] queries and keys decayed from the start of the chunk; [M, C, K] beta k decayed to its end."""
-    read = X * gate.from_start[part.rows, None, :, None]
-    write = X[:, 1] * (gate.to_end[part.rows] * gate.beta[part.rows])[..., None]
-    return read, write
+    return X * gate.read[part.rows], X[:, 1] * gate.write[part.rows]
 
 
 def unit_lower_inverse(P: Tensor) -> Tensor:

@@ -74,22 +74,21 @@ class Sums:
 
     def __init__(self, gate: Gates):
         self.gate = gate
-        self.columns, self.rows, self.diagonal, self.reads, self.writes = (
-            torch.empty_like(gate.beta) for _ in range(5)
-        )
-        self.whole = gate.beta.new_empty(len(gate.beta), 1)
+        M, _, C = gate.beta.shape
+        self.columns, self.rows, self.diagonal, self.reads, self.writes = gate.beta.new_empty(5, M, C).unbind()
+        self.whole = gate.beta.new_empty(M, 1)
 
     def beta(self) -> Tensor:
-        return torch.addcmul(self.diagonal.add_(self.columns), self.gate.to_end, self.writes)
+        return torch.addcmul(self.diagonal.add_(self.columns), self.gate.to_end[..., 0], self.writes)
 
     def g(self) -> Tensor:
         """Reads and rows see the decays of their own step and those before, columns too, but for what they keep to themselves;
         a write sees those after its own."""
-        gate, C = self.gate, self.gate.beta.shape[1]
+        gate, C = self.gate, self.gate.beta.shape[2]
         ones = gate.beta.new_ones(C, C)
-        seen = self.rows.addcmul_(self.reads, gate.from_start).addcmul_(self.columns, gate.beta, value=-1.0)
-        later = self.writes.mul_(gate.to_end).mul_(gate.beta) @ ones.triu(1)
-        return later.addmm_(seen, ones.tril()).addcmul_(self.whole, gate.from_start[:, -1:])
+        seen = self.rows.addcmul_(self.reads, gate.read[:, 0, :, 0]).addcmul_(self.columns, gate.beta[:, 0], value=-1.0)
+        later = (self.writes * gate.write[..., 0]) @ ones.triu(1)
+        return later.addmm_(seen, ones.tril()).addcmul_(self.whole, gate.whole[:, 0])
 
 
 def _part_backward(
@@ -112,12 +111,12 @@ def _part_backward(
     """
     rows, slab = part.rows, part.slab
     X, raw = keys.X, keys.raw
-    beta, from_start, to_end = gate.beta[rows], gate.from_start[rows], gate.to_end[rows]
+    beta, seen, later = gate.beta[rows], gate.read[rows, 0], gate.write[rows]
     read, write = operands(X, gate, part)
     ends, Y = torch.empty_like(starts), torch.empty_like(do)
     queried = torch.bmm(read[:, 0].mT, do)
-    de = torch.bmm((raw[:, 0] * pair).mul_(beta[:, None]).mT, do)
-    split = (read[:, 1].mT, write, inverse.mT, de, Y, queried, from_start[:, -1:, None])
+    de = torch.bmm((raw[:, 0] * pair).mul_(beta).mT, do)
+    split = (read[:, 1].mT, write, inverse.mT, de, Y, queried, gate.whole[rows])
     steps = list(zip(*(slab.split(x, part.H) for x in split)))
     after = slab.split(ends, part.H)
     after[-1].copy_(dS[: after[-1].shape[0]])
@@ -144,20 +143,19 @@ def _part_backward(
     # It has no decay, and would only leave rounding errors.
     diagonal.zero_()
     torch.sum(Z, 1, out=sums.columns[rows])
-    sums.rows[rows] = torch.bmm(Z, beta[..., None])[..., 0]
+    sums.rows[rows] = torch.bmm(Z, beta.mT)[..., 0]
 
-    weights = (from_start[..., None], beta[:, None], (to_end * beta)[..., None])
     if first:
-        torch.mul(dread[0], weights[0], out=gradient.X[:, 0])
-        torch.mul(dwrite, weights[2], out=gradient.X[:, 1])
-        torch.mul(G[0], weights[1], out=gradient.raw[:, 0])
-        torch.mul(G[1], -weights[1], out=gradient.raw[:, 1])
+        torch.mul(dread[0], seen, out=gradient.X[:, 0])
+        torch.mul(dwrite, later, out=gradient.X[:, 1])
+        torch.mul(G[0], beta, out=gradient.raw[:, 0])
+        torch.mul(G[1], -beta, out=gradient.raw[:, 1])
     else:
-        gradient.X[:, 0].addcmul_(dread[0], weights[0])
-        gradient.X[:, 1].addcmul_(dwrite, weights[2])
-        gradient.raw[:, 0].addcmul_(G[0], weights[1])
-        gradient.raw[:, 1].addcmul_(G[1], weights[1], value=-1.0)
-    gradient.X[:, 1].addcmul_(dread[1], weights[0], value=-1.0)
+        gradient.X[:, 0].addcmul_(dread[0], seen)
+        gradient.X[:, 1].addcmul_(dwrite, later)
+        gradient.raw[:, 0].addcmul_(G[0], beta)
+        gradient.raw[:, 1].addcmul_(G[1], beta, value=-1.0)
+    gradient.X[:, 1].addcmul_(dread[1], seen, value=-1.0)
     return Y
 
 
