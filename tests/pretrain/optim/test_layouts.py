@@ -22,7 +22,7 @@ def mesh(**sizes: Any) -> MeshConfig:
 SLICE: list[tuple[str, str, dict[str, Any], list[MeshConfig]]] = [
     ("attention MoE", "muon", {}, [mesh(tp=2, ep=4), mesh(pp=2, ep=2, pp_schedule="zbv")]),
     ("attention MoE", "muon", {"per_head": True, "nesterov": False}, [mesh(dp=4, replicate=2)]),
-    ("UoE + Hourglass", "muon", {"scaling": "spectral", "bucket_bytes": 2048}, [mesh(tp=2, dp=2)]),  # many rounds
+    ("UoE + Hourglass", "muon", {"scaling": "spectral"}, [mesh(tp=2, dp=2)]),
     ("GDN hybrid MoE", "muon", {}, [mesh(tp=2, expert_tensor=True, ep=2)]),
     ("attention MoE", "lamb", {}, [mesh(pp=2, tp=2)]),
 ]
