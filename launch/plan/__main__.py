@@ -87,6 +87,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="write the numbers (- for the standard output, and nothing else there)",
     )
+    add(
+        "--no-cache",
+        action="store_true",
+        help="neither use nor keep what earlier plans have found out about the layers",
+    )
     add("--verbose", action="store_true", help="print every assumption")
     return parser.parse_intermixed_args(argv)
 

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         overlap=arguments.overlap,
         headroom=arguments.headroom,
         efficiency=arguments.efficiency,
+        remember=not arguments.no_cache,
     )
     task = _Task(arguments, question, _console(arguments))
     if arguments.sweep is not None:
@@ -60,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         code = task.search()
     else:
         code = task.predict()
+    if question.book is not None:
+        question.book.close()
     if arguments.json is not None:
         text = json.dumps(_finite(task.record), indent=1, allow_nan=False) + "\n"
         if str(arguments.json) == "-":

@@ -13,6 +13,7 @@ from parallel.fabric.topology import Fabric, Network, Switch
 from pretrain import config as configuration
 from pretrain.config import ConfigError, RunConfig
 from pretrain.estimate import hardware as chips
+from pretrain.estimate.book import Book
 from pretrain.estimate.hardware import Hardware
 from pretrain.estimate.model import ModelCosts
 
@@ -32,7 +33,7 @@ class Question:
     """path: of the configuration. tokens: of the whole run.
 
     overlap: share of the computation that messages may hide behind. headroom: share of the memory that is kept free.
-    efficiency: of matrix products, instead of what is measured or assumed.
+    efficiency: of matrix products, instead of what is measured or assumed. book: of traces of layers.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Question:
     headroom: float
     efficiency: float | None
     notes: tuple[str, ...]
+    book: Book | None = None
 
     @property
     def node(self) -> int:
@@ -74,8 +76,11 @@ def ask(
     overlap: float | None = None,
     headroom: float = 0.05,
     efficiency: float | None = None,
+    remember: bool = False,
 ) -> Question:
-    """Raises ConfigError or Exit, saying how to mend it, for files, keys and sizes that are none."""
+    """remember: use traces of layers from earlier commands (pretrain/estimate/book.py). Close the book afterwards.
+
+    Raises ConfigError or Exit, saying how to mend it, for files, keys and sizes that are none."""
     if not 1 <= gpus <= MOST_GPUS:
         raise ConfigError(f"--gpus {gpus}: choose from 1 to {MOST_GPUS}")
     chip = chips.read(hardware)
@@ -95,7 +100,8 @@ def ask(
     else:
         config, assumed = _of_model(path, raw, gpus, overrides, batch_given)
         notes += assumed
-    model = ModelCosts.of(config)
+    book = Book.of(config.model) if remember else None
+    model = ModelCosts.of(config, book)
     if tokens is None and from_run:
         tokens = float(config.train.batch * config.data.sequence_length * config.train.steps)
     elif tokens is None:
@@ -105,7 +111,7 @@ def ask(
         overlap = 0.0 if config.train.device == "cpu" or "cpu" in chip.name.lower() else 1.0
     return Question(
         path, config, model, chip, hardware, fabric, gpus, tokens, overlap, headroom, efficiency,
-        tuple(notes),
+        tuple(notes), book,
     )  # fmt: skip
 
 

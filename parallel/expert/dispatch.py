@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kernels.common.opaque import opaque
 from kernels.experts import experts as local_experts
 from kernels.experts import load
 from parallel.expert.transport import Exchange, Gathering, announce
@@ -31,7 +32,7 @@ class Pending:
     def __init__(self, complete: Callable[[], Tensor]):
         self._complete = complete
 
-    @torch.compiler.disable  # messages under way are nothing to put into a graph
+    @opaque  # messages under way are nothing to put into a graph
     def finish(self) -> Tensor:
         """Waits, computes the experts, and brings the results home: y [N, D]. Call it once."""
         return self._complete()
@@ -53,7 +54,7 @@ class AllToAllExperts:
     def __call__(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         return self.start(tokens, gate_up, down, indices, scores).finish()
 
-    @torch.compiler.disable  # reads the loads: their sizes are the messages'
+    @opaque  # reads the loads: their sizes are the messages'
     def start(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Pending:
         own = self.experts // self.ranks
         if down.shape[0] != own:
@@ -98,7 +99,7 @@ class ExpertTensor:
     def __call__(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         return self.start(tokens, gate_up, down, indices, scores).finish()
 
-    @torch.compiler.disable
+    @opaque
     def start(self, tokens: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor) -> Pending:
         transport = Gathering(self.group, announce(tokens.shape[0], self.group, tokens.device), self.rank)
         chosen = transport.there(indices)

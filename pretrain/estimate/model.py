@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
 from parallel.grid import Grid
 from pretrain.config import ConfigError, RunConfig
+from pretrain.estimate.book import Book, key
 from pretrain.estimate.flops import Forward, per_token
 from pretrain.estimate.parameters import BYTES, Cutting, Parameter, Part, Weighed, of_module, weigh
 from pretrain.estimate.stand_in import Product
@@ -33,7 +37,8 @@ class Kind:
     """Layers that are alike. label: the names of the sublayers.
 
     state: channels of the router's state that comes in, 0 for none; state_out: that goes out; routes: of its own. contextual: may
-    add an auxiliary loss. loads: counts of its routers that are summed after a step.
+    add an auxiliary loss. loads: counts of its routers that are summed after a step. first: the number of the first such layer,
+    -1 for the multi-token layer. book: of traces that were made before.
     """
 
     label: str
@@ -45,6 +50,8 @@ class Kind:
     routes: int
     contextual: bool
     loads: int
+    first: int
+    book: Book | None = field(default=None, repr=False)
     _traces: dict[tuple[int, Way], Traced] = field(default_factory=dict, repr=False)
     _parts: dict[Cutting, tuple[Part, ...]] = field(default_factory=dict, repr=False)
     _weighed: dict[tuple[Cutting, int, int], Weighed] = field(default_factory=dict, repr=False)
@@ -52,17 +59,21 @@ class Kind:
 
     def forward(self, length: int, only: str | None = None) -> Forward:
         """FLOPs of its forward pass, or of one sublayer's (mixer, ffn), for one token of a document of so many, on average."""
-        key = length, only
-        if key not in self._flops:
+        if (length, only) not in self._flops:
             own = None if only is None else getattr(self.block, only)
             parts = self.block.sublayers() if only is None else () if own is None else (own,)
-            self._flops[key] = Forward.sum(per_token(part, length) for part in parts)
-        return self._flops[key]
+            self._flops[length, only] = Forward.sum(per_token(part, length) for part in parts)
+        return self._flops[length, only]
 
     def traced(self, width: int, length: int, way: Way) -> Traced:
         """What a layer keeps, needs, sends and multiplies; tens of milliseconds at the first call with these arguments."""
         if (length, way) not in self._traces:
-            self._traces[length, way] = trace(self.block, width, self.state, length, way)
+            book = self.book if way.gpu else None
+            name = key(self.first, width, length, way)
+            found = None if book is None else book.find(name)
+            self._traces[length, way] = found or trace(self.block, width, self.state, length, way)
+            if book is not None and found is None:
+                book.add(name, self._traces[length, way])
         return self._traces[length, way]
 
     def parts(self, cutting: Cutting) -> tuple[Part, ...]:
@@ -73,10 +84,10 @@ class Kind:
 
     def weighed(self, cutting: Cutting, ranks: int, keep_whole: int) -> Weighed:
         """Sums over a layer's parameters; see `weigh`."""
-        key = cutting, ranks, keep_whole
-        if key not in self._weighed:
-            self._weighed[key] = weigh(self.parts(cutting), ranks, keep_whole)
-        return self._weighed[key]
+        shared = cutting, ranks, keep_whole
+        if shared not in self._weighed:
+            self._weighed[shared] = weigh(self.parts(cutting), ranks, keep_whole)
+        return self._weighed[shared]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +103,11 @@ class ModelCosts:
     _plans: dict[object, Plan] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, config: RunConfig) -> ModelCosts:
-        """Raises ConfigError for sizes that do not fit, or a vocabulary that is not set."""
+    def of(cls, config: RunConfig, book: Book | None = None) -> ModelCosts:
+        """book: of traces of this model. Raises ConfigError for sizes that do not fit, or a vocabulary that is not set."""
         try:
-            model = empty(config.model)
+            with _Undrawn():
+                model = empty(config.model)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:
@@ -106,13 +118,13 @@ class ModelCosts:
         kinds: dict[object, Kind] = {}
         state, layers = 0, []
         for number, (name, block) in enumerate(zip(config.model.pattern(), model.layers(), strict=True)):
-            layers.append(_kind(str(name), block, of(block, prefix=f"blocks.{number}"), state, kinds))
+            layers.append(_kind(str(name), block, of(block, prefix=f"blocks.{number}"), state, number, kinds, book))
             state = layers[-1].state_out
         extra = None
         if model.multi_token is not None:
             block = model.multi_token.block
             parameters = of(block, prefix="multi_token.block")
-            extra = _kind(f"multi-token: {config.model.extra_layer()}", block, parameters, state, kinds)
+            extra = _kind(f"multi-token: {config.model.extra_layer()}", block, parameters, state, -1, kinds, book)
         inside = {id(p) for block in model.layers() for p in block.parameters()}
         inside |= {id(p) for p in model.multi_token.block.parameters()} if model.multi_token is not None else set()
         names = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
@@ -183,17 +195,36 @@ class ModelCosts:
 
         mesh, length = config.mesh, config.data.sequence_length
         counts = None if mesh.pp_layers is None else tuple(mesh.pp_layers)
-        key = (grid.pp, mesh.pp_schedule, mesh.pp_virtual, counts, length)
-        if key not in self._plans:
+        cut = (grid.pp, mesh.pp_schedule, mesh.pp_virtual, counts, length)
+        if cut not in self._plans:
             costs, before, after = self.model.costs(length / 2)
-            self._plans[key] = Plan.of(mesh.pp_schedule, grid.pp, costs, before, after, mesh.pp_virtual, mesh.pp_layers)
-        return self._plans[key]
+            self._plans[cut] = Plan.of(mesh.pp_schedule, grid.pp, costs, before, after, mesh.pp_virtual, mesh.pp_layers)
+        return self._plans[cut]
 
 
-def _kind(label: str, block: Block, parameters: tuple[Parameter, ...], state: int, kinds: dict[object, Kind]) -> Kind:
+class _Undrawn(TorchFunctionMode):
+    """Within it, nothing is drawn on the meta device, where there is nothing to fill: torch would, by code of its compiler, whose
+    import takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        filled = args[0] if args else (kwargs or {}).get("tensor")  # by a method, or by torch.nn.init
+        if getattr(func, "__name__", "") in ("normal_", "uniform_") and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **(kwargs or {}))
+
+
+def _kind(
+    label: str,
+    block: Block,
+    parameters: tuple[Parameter, ...],
+    state: int,
+    number: int,
+    kinds: dict[object, Kind],
+    book: Book | None,
+) -> Kind:
     """The kind of a block with these parameters into which `state` channels of a router's state come."""
-    key = (label, parameters, state)
-    if key not in kinds:
+    like = (label, parameters, state)
+    if like not in kinds:
         routes = int(getattr(block.ffn, "router_width", 0))
         out = routes or state
         contextual = isinstance(block.ffn, ContextualFFN)
@@ -201,5 +232,5 @@ def _kind(label: str, block: Block, parameters: tuple[Parameter, ...], state: in
         active = sum(part.active_parameters() for part in block.sublayers())
         inside = {id(p) for part in block.sublayers() for p in part.parameters()}
         active += sum(p.numel() for p in block.parameters() if id(p) not in inside)
-        kinds[key] = Kind(label, block, parameters, active, state, out, routes, contextual, loads)
-    return kinds[key]
+        kinds[like] = Kind(label, block, parameters, active, state, out, routes, contextual, loads, number, book)
+    return kinds[like]

@@ -69,7 +69,7 @@ def question(
     return asked, Planner(asked), Legality(asked.model.model)
 
 
-def counted(config: RunConfig) -> ModelCosts:
+def counted(config: RunConfig, book: Any = None) -> ModelCosts:
     """What ModelCosts.of gives; of a model that a test has followed already, the very same."""
     key = config.model.model_dump_json() + config.optimizer.model_dump_json()
     if key not in COUNTED:
