@@ -22,9 +22,9 @@ GIB = 2**30
 
 
 def human(number: float) -> str:
-    """1234567 -> 1.23M; P and T too."""
+    """1234567 -> 1.235M; to four digits, in units up to E."""
     for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= scale:
+        if abs(number) >= 0.99995 * scale:  # what is rounded up to the unit is one of it
             return f"{number / scale:.4g}{unit}"
     return f"{number:.4g}"
 

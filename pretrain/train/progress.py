@@ -69,9 +69,9 @@ class Progress(Callback):
 
 
 def human(number: float) -> str:
-    """1234567 -> 1.23M"""
+    """1234567 -> 1.23M; to three digits, in units up to E."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
+        if abs(number) >= 0.9995 * size:  # what is rounded up to the unit is one of it
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
