@@ -19,6 +19,8 @@ from torch import Tensor
 
 from kernels.packing import sequence_bounds
 
+LARGEST = 4  # times its usual size, a slab's where many sequences are short and few are long
+
 
 class Piece(NamedTuple):
     """[sequences, steps] chunks of `length` tokens each.
@@ -147,7 +149,9 @@ def chunk_layout(
         for t in range(-(-run.length // C)):
             sizes[t] += run.sequences
     if most is not None and not together:
-        heads = max(1, min(heads, most // (least * max(sizes))))
+        # As many as fill a slab with the chunks of most steps, though the first steps, with all sequences, may be some larger.
+        usual = most * len(sizes) // (least * sum(sizes))
+        heads = max(1, min(heads, usual, LARGEST * most // (least * max(sizes))))
     before = [0, *itertools.accumulate(sizes)]
     slabs = [
         Slab(C, sizes[s:e], slice(before[s], before[e]), list(_pieces(runs, sizes, before, s, e, C)))
