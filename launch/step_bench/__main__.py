@@ -23,7 +23,7 @@ examples:
   python -m launch.step_bench                          three models, fp32 and bf16
   python -m launch.step_bench --models gdn --precision bf16 --batch 1 --length 4096 --threads 1
   python -m launch.step_bench --documents 400          the same tokens, in documents of 400 tokens on average
-  python -m launch.step_bench --same-memory            transformers, too, keeps the memory that it frees"""
+  python -m launch.step_bench --same-host              transformers, too, with the host's settings of our runs"""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,9 +48,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: as many as torch takes)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--same-memory",
+        "--same-host",
         action="store_true",
-        help="both processes keep the memory that they free; else only ours does (as cpu.keep_memory in our runs)",
+        help="both processes keep the memory that they free, use large pages and flush denormal numbers; else only ours does, as "
+        "our runs do",
     )
     parser.add_argument("--json", type=Path, help="also write all numbers there")
     arguments = parser.parse_args(argv)
@@ -72,9 +73,9 @@ def compare(name: str, precision: str, arguments: argparse.Namespace) -> dict[st
         task = Task(kind, {**COMMON, **layers}, precision, documents(arguments), arguments.device, Path(folder))
         sides: dict[str, Worker] = {}
         try:
-            # Theirs first: it makes the weights. Like our runs', our memory stays with the process (pretrain/host.py).
-            for who, keep in (*((feed, arguments.same_memory) for feed in task.feeds()), ("ours", True)):
-                sides[who] = Worker(who, task, arguments.threads, keep and arguments.device == "cpu")
+            # Theirs first: it makes the weights.
+            for who, settled in (*((feed, arguments.same_host) for feed in task.feeds()), ("ours", True)):
+                sides[who] = Worker(who, task, arguments.threads, settled and arguments.device == "cpu")
             return {"model": name, "peer": PEERS[name], "precision": precision} | measure(sides, name, arguments.rounds)
         finally:
             for side in sides.values():

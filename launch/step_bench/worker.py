@@ -1,7 +1,7 @@
-"""One side of the bench in a process of its own, with the C library's memory as each finds it in real use.
+"""One side of the bench in a process of its own, on the host as each finds it in real use.
 
-A process keeps the memory that it frees, or gives it back to the system, as a whole: two models in one process would share what
-`cpu.keep_memory` does for our runs.
+What becomes of freed memory, of large pages and of denormal numbers is settled for a whole process: two models in one process
+would share what our runs do about them (`pretrain/host.py`, `pretrain/main.py`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,28 @@ from typing import Any
 
 from launch.step_bench.models import Task, ours, theirs
 
+LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch reads it once, at its first tensor
+
 
 class Worker:
     """A process with a model in training: "ours", or theirs by the name of how it is fed (`Task.feeds`).
 
+    settled: on its host as our runs settle themselves.
     `ask` for "loss" (float), "step" (seconds), "memory" (bytes or None), "parameters".
     """
 
-    def __init__(self, who: str, task: Task, threads: int | None, keep_memory: bool):
+    def __init__(self, who: str, task: Task, threads: int | None, settled: bool):
         self.who = who
         self.connection, other = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=_serve, args=(other, who, task, threads, keep_memory), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=_serve, args=(other, who, task, threads, settled), daemon=True)
+        environment = dict(os.environ)
+        os.environ |= {**LARGE_PAGES, **environment} if settled else {}
+        try:
+            self.process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
         other.close()
         self._answer()
 
@@ -51,7 +60,7 @@ class Worker:
         self.process.join()
 
 
-def _serve(connection: Connection, who: str, task: Task, threads: int | None, keep_memory: bool) -> None:
+def _serve(connection: Connection, who: str, task: Task, threads: int | None, settled: bool) -> None:
     # transformers imports DeepSpeed where it finds it, which warns on the console of a machine without a GPU unless told.
     os.environ.setdefault("DS_ACCELERATOR", task.device)
     try:
@@ -62,8 +71,9 @@ def _serve(connection: Connection, who: str, task: Task, threads: int | None, ke
 
         if threads:
             torch.set_num_threads(threads)
-        if keep_memory:
+        if settled:
             host.keep_memory(os.environ)
+            torch.set_flush_denormal(True)
         side = ours(task) if who == "ours" else theirs(task, who)
 
         def loss() -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,41 @@ def test_what_a_step_frees_serves_the_next_one() -> None:
     assert run_ranks(_pages, 1, False, {})[0][1] > 3 * pages  # what it is good for
     assert run_ranks(_pages, 1, True, {"MALLOC_ARENA_MAX": "1"})[0][0] is False  # the user's choice stands
     assert run_ranks(_pages, 1, True, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})[0][0] is False
+
+
+def _smallest(rank: int, world: int, fields: dict[str, Any]) -> tuple[float, float]:
+    """Half of fp32's smallest normal number, computed by this thread and by another that torch starts."""
+    settle(CpuConfig(threads=2, **fields), rank, world)
+    many = torch.full((1 << 20,), torch.finfo(torch.float32).tiny) * 0.5
+    return many[0].item(), many[-1].item()
+
+
+def test_denormal_numbers_are_zero_in_all_threads() -> None:
+    half = torch.finfo(torch.float32).tiny / 2
+    assert run_ranks(_smallest, 1, {})[0] == (0.0, 0.0)
+    assert run_ranks(_smallest, 1, {"flush_denormals": False})[0] == (half, half)
+
+
+def test_large_tensors_of_a_run_ask_for_large_pages() -> None:
+    """Asked for in the kernel's own list of the process's memory; whether it has some to give is its business."""
+    code = """
+import pretrain.main, torch
+x = torch.ones(16 << 20)
+low, wanted = x.data_ptr(), None
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        inside = first <= low + (32 << 20) < last
+    elif line.startswith("VmFlags") and inside:
+        wanted = "hg" in line.split()
+print(wanted)
+"""
+    for given, expected in (({}, "True"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "False")):
+        environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def _trained(rank: int, world: int, run: Path, corpus: Path, *overrides: str) -> tuple[int, int, list[int]]:
