@@ -1,7 +1,7 @@
 """One layer's forward and backward pass on tensors without values: what it keeps, needs besides, sends and multiplies.
 
 The layer's own code runs, with autocast and recomputation as in a run, on fake tensors: shapes and lifetimes are right, nothing
-is computed. Operators and neighbours are replaced by stand-ins (stand_in.py). Every number is a constant plus so much a token, so
+is computed. Operators and neighbours are replaced by stand-ins (stand_in/). Every number is a constant plus so much a token, so
 two traces of different lengths say it for all lengths.
 """
 
