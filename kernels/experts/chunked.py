@@ -23,7 +23,7 @@ from torch.nn.functional import embedding_bag
 from kernels.common.rows import row_blocks
 from kernels.experts.activations import ACTIVATIONS
 
-BLOCK_ELEMENTS = 1 << 17  # of the hidden layer, a thread: eight such blocks are in use at a time, in bf16 2 MiB
+BLOCK_ELEMENTS = 1 << 16  # of the hidden layer, a thread: eight such blocks are in use at a time, in bf16 within 1 MiB
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor, *, activation: str) -> Tensor:
