@@ -14,10 +14,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """forward(z) -> act(z); into(z, out): the same, written to out; backward(upstream, z, out): out = upstream * act'(z).
-
-    out may be z itself; not upstream.
-    """
+    """forward(z) -> act(z); into(z, out): the same, written to out; backward(upstream, z, out): out = upstream * act'(z)."""
 
     forward: Callable[[Tensor], Tensor]
     into: Callable[[Tensor, Tensor], object]

@@ -5,9 +5,7 @@ SonicMoE, 2512.14080). What is kept for the backward is x and the projections of
 activations are done again.
 
 Each expert's rows pass through the same few buffers, which stay in the cache and whose pages are mapped once: fresh memory for
-each expert, or rows of all experts gathered at once, cost more than the elementwise arithmetic. The gate's columns are copied
-out of their rows before the activation: torch takes the last entries of each separate row one by one, which in bf16 costs more
-than the copy; across a contiguous block there is one such end.
+each expert, or rows of all experts gathered at once, cost more than the elementwise arithmetic.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ from torch.nn.functional import embedding_bag
 
 from kernels.common.rows import row_blocks
 from kernels.experts.activations import ACTIVATIONS
-
-BLOCK_ELEMENTS = 1 << 16  # of the hidden layer, a thread: eight such blocks are in use at a time, in bf16 within 1 MiB
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, scores: Tensor, *, activation: str) -> Tensor:
@@ -129,13 +125,10 @@ class _Experts(torch.autograd.Function):
             n, here = b - a, hidden[a:b]
             torch.index_select(x, 0, plan.token[a:b], out=rows[:n])
             torch.mm(rows[:n], ups[e], out=here)
-            for block in row_blocks(acted[:n], BLOCK_ELEMENTS):
-                value, projected = acted[block], here[block]
+            for block in row_blocks(acted[:n]):
+                act(here[block, :F], acted[block])
                 if gated:
-                    act(value.copy_(projected[:, :F]), value)
-                    value.mul_(projected[:, F:])
-                else:
-                    act(projected, value)
+                    acted[block].mul_(here[block, F:])
             torch.mm(acted[:n], downs[e], out=out[a:b])
         ctx.save_for_backward(x, gate_up, down, scores, hidden)
         ctx.plan, ctx.activation = plan, activation
@@ -175,31 +168,28 @@ def _backward(
     rows = x.new_empty(longest, D)
     acted, d_acted = (x.new_empty(longest, F) for _ in range(2))
     d_hidden = x.new_empty(longest, gate_up.shape[2])
-    tallest = max((block.stop - block.start for block in row_blocks(acted, BLOCK_ELEMENTS)), default=0)
-    gates, products = (x.new_empty(tallest, F) for _ in range(2))
     ups, downs = _Matrices(gate_up, x.dtype), _Matrices(down, x.dtype)
     for e, a, b in plan.segments:
         n, here, token = b - a, hidden[a:b], plan.token[a:b]
-        weight_here, d_weight_here = weight[a:b], d_weight[a:b]
         torch.index_select(dy, 0, token, out=rows[:n])
         torch.mm(rows[:n], downs[e].T, out=d_acted[:n])
-        for block in row_blocks(acted[:n], BLOCK_ELEMENTS):
-            projected, value, d, to, w = here[block], acted[block], d_acted[block], d_hidden[block], weight_here[block]
-            gate = gates[: d.shape[0]].copy_(projected[:, :F]) if gated else projected
+        for block in row_blocks(acted[:n]):
+            gate, value, d = here[block, :F], acted[block], d_acted[block]
+            to, w = d_hidden[block], weight[a:b][block]
             act.into(gate, value)
-            product = torch.mul(d, value, out=products[: d.shape[0]])
             if gated:
-                up = projected[:, F:]
-                torch.mul(product, w, out=to[:, F:])
-                torch.sum(product.mul_(up), -1, dtype=d_weight.dtype, out=d_weight_here[block])
-                weighted = torch.mul(up, w, out=product)
-                act.backward(d, gate, gate)
-                torch.mul(gate, weighted, out=to[:, :F])
-                value.mul_(weighted)
+                up = here[block, F:]
+                torch.mul(
+                    d, value, out=to[:, F:]
+                )  # unweighted so far: its dot product with up is the weight's gradient
+                torch.sum(torch.mul(to[:, F:], up, out=to[:, :F]), -1, dtype=d_weight.dtype, out=d_weight[a:b][block])
+                to[:, F:].mul_(w)
+                value.mul_(up)
+                act.backward(d.mul_(w).mul_(up), gate, to[:, :F])
             else:
-                torch.sum(product, -1, dtype=d_weight.dtype, out=d_weight_here[block])
+                torch.sum(torch.mul(d, value, out=to), -1, dtype=d_weight.dtype, out=d_weight[a:b][block])
                 act.backward(d.mul_(w), gate, to)
-                value.mul_(w)
+            value.mul_(w)
         if d_down is not None:
             downs.gradient(d_down[e], acted[:n].T, rows[:n])
         if d_gate_up is not None:

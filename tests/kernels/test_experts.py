@@ -66,20 +66,6 @@ def test_rounding_up_each_share_changes_nothing(align, monkeypatch):
     assert_same(run_as("chunked", monkeypatch, tensors, indices, activation="silu"), expected, 1e-10)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [True, False])
-def test_shares_of_several_blocks(gated, activation, monkeypatch):
-    """Blocks of two rows of hidden width 4: experts with whole blocks, a last short one, and less than one."""
-    from kernels.experts import chunked
-
-    (x, gate_up, down, scores), _ = operands(k=1)
-    tensors = (x, gate_up if gated else gate_up[..., :4].contiguous(), down, scores)
-    indices = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 4])[:, None]
-    expected = run_as("reference", monkeypatch, tensors, indices, activation=activation)
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 8)
-    assert_same(run_as("chunked", monkeypatch, tensors, indices, activation=activation), expected, 1e-10)
-
-
 ROUTINGS = {
     "all to the last": lambda shape: torch.full(shape, 4),
     "all to the first": lambda shape: torch.zeros(shape, dtype=torch.int64),
