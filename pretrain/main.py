@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Large tensors on a CPU ask for large pages where the system leaves it to programs; steps are 2 to 10 % shorter. torch reads
 # this at its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+GRACE = 2.0  # seconds that other ranks leave after rank 0: with the first to leave, torchrun ends all, also one about to speak
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,8 +103,10 @@ def fail(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {message}", file=sys.stderr)
-    elif code == 77:
-        print(f"error on rank {rank}: {message}", file=sys.stderr)
+    else:
+        if code == 77:
+            print(f"error on rank {rank}: {message}", file=sys.stderr)
+        time.sleep(GRACE)
     return code
 
 

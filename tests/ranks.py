@@ -71,6 +71,7 @@ QUIET = {  # for every child: one thread per rank (two cores, several ranks), lo
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
+    "THP_MEM_ALLOC_ENABLE": "0",  # tests count pages; runs ask for large ones (pretrain/main.py)
 }
 
 

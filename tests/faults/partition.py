@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.pretrain.train.small_run import SETTINGS
 
 STEPS = 80
-CUT = 12  # the step after which the cable is pulled
+CUT = 12  # the step after which the cable is pulled; not near a save, which may take longer than a step before it is given up
 
 
 class Cable:
@@ -46,7 +46,7 @@ class Cable:
 
     def ranks(self, run: Path, corpus: Path, port: int) -> list[subprocess.Popen[str]]:
         command = [sys.executable, "pretrain/main.py", "--config", "configs/runs/quickstart.yaml", *SETTINGS]
-        command += [f"run={run}", f"data.path={corpus}", f"train.steps={STEPS}", "checkpoint.every=5"]
+        command += [f"run={run}", f"data.path={corpus}", f"train.steps={STEPS}", "checkpoint.every=10"]
         command += ["train.timeout=8", "log.every=1"]
         started = []
         for rank, (device, where) in enumerate((("near0", []), ("far0", self.there))):
