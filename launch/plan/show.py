@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from launch.plan.failures import Failures
@@ -13,6 +14,7 @@ from launch.plan.sizing import Advice
 from launch.plan.source import Question
 from launch.plan.sweep import Curves, Point
 from parallel.fabric.fit import readable
+from pretrain import figures
 from pretrain.estimate.utilization import Ceiling, Impossible
 
 if TYPE_CHECKING:
@@ -20,13 +22,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-
-def human(number: float) -> str:
-    """1234567 -> 1.235M; to four digits, in units up to E."""
-    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 0.99995 * scale:  # what is rounded up to the unit is one of it
-            return f"{number / scale:.4g}{unit}"
-    return f"{number:.4g}"
+human = partial(figures.human, digits=4)
 
 
 def table(*heads: str, title: str | None = None, left: int = 1) -> Table:

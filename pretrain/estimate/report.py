@@ -12,9 +12,9 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.data.opening import vocabulary_size
 from pretrain.estimate.layout import Collective, RankCosts, rank_costs
 from pretrain.estimate.model import ModelCosts
+from pretrain.figures import human
 from pretrain.train.build import or_usage, with_vocabulary
 from pretrain.train.layout import check_batch, check_model
-from pretrain.train.progress import human
 
 GIB = 2**30
 NAME = 22  # columns of a row's name

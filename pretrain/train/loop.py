@@ -19,6 +19,7 @@ from pretrain.config import RunConfig
 from pretrain.estimate import hardware, utilization
 from pretrain.estimate.work import StepWork
 from pretrain.exit import ERROR, FINISHED, PREEMPTED
+from pretrain.figures import human
 from pretrain.model.files import count, empty
 from pretrain.profiling.record import profiler
 from pretrain.train import heartbeat, layout, stages
@@ -34,7 +35,7 @@ from pretrain.train.first_step import FirstStep
 from pretrain.train.metrics import Metrics
 from pretrain.train.near import Near
 from pretrain.train.plot import LossCurve
-from pretrain.train.progress import Progress, human
+from pretrain.train.progress import Progress
 from pretrain.train.save import Save
 from pretrain.train.signals import Arm, Signals
 from pretrain.train.step import StepResult, train_step

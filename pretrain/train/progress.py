@@ -6,6 +6,7 @@ from collections import deque
 from datetime import timedelta
 from typing import Any
 
+from pretrain.figures import human
 from pretrain.train.callback import Callback, Run
 
 WINDOW = 20  # steps over which speed and remaining time are averaged
@@ -66,14 +67,6 @@ class Progress(Callback):
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def human(number: float) -> str:
-    """1234567 -> 1.23M; to three digits, in units up to E."""
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 0.9995 * size:  # what is rounded up to the unit is one of it
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 def percent(share: float | None) -> str:
