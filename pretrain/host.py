@@ -1,5 +1,5 @@
 """How a rank on a CPU uses its host: how many threads, which cores, what becomes of memory that a step frees, and of numbers
-too small to matter.
+too small to matter, and which library multiplies matrices.
 
 The number of threads may change last bits, as everywhere in torch. With a GPU the host's part is small and nothing is touched.
 """
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from kernels.common import products
 from parallel.config import Strict
 from parallel.cores import members
 
@@ -37,6 +38,9 @@ class CpuConfig(Strict):
     process then never shrinks. Left alone where MALLOC_* or GLIBC_TUNABLES variables are set."""
     flush_denormals: bool = True
     """Numbers nearer to zero than 1.2e-38, which most processors take many times longer for, count as zero."""
+    fp32_products: products.Library = "auto"
+    """Which library multiplies fp32 matrices. auto: oneDNN on AMD's processors with 512-bit vectors, of which torch's BLAS (MKL)
+    uses half; the BLAS elsewhere. onednn is refused where it would round to bf16."""
 
 
 def settle(config: CpuConfig, local_rank: int, local_world: int) -> list[str]:
@@ -52,12 +56,9 @@ def settle(config: CpuConfig, local_rank: int, local_world: int) -> list[str]:
     told = os.environ.get("OMP_NUM_THREADS", "")
     fair = max(1, len(cores) // local_world)
     threads = config.threads or (None if told else fair)
-    if config.flush_denormals:
-        torch.set_flush_denormal(True)  # threads that start later inherit it
+    settle_process(config)
     if threads is not None:
         torch.set_num_threads(threads)
-    if config.keep_memory:
-        keep_memory(os.environ)
     if threads is not None and threads > len(own):
         return [f"{threads} threads share {len(own)} core(s): cpu.threads={len(own)} is faster"]
     if config.threads is None and told == "1" and fair > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -65,6 +66,19 @@ def settle(config: CpuConfig, local_rank: int, local_world: int) -> list[str]:
             f"1 thread a rank, as OMP_NUM_THREADS says (torchrun sets it): with cpu.threads={fair} all {len(cores)} cores work"
         ]
     return []
+
+
+def settle_process(config: CpuConfig) -> None:
+    """What does not depend on the other ranks of the host: memory, denormal numbers, products. Before threads are started, which
+    inherit some of it.
+
+    Raises ValueError when the library of products that is asked for cannot serve.
+    """
+    if config.flush_denormals:
+        torch.set_flush_denormal(True)
+    products.choose(config.fp32_products)
+    if config.keep_memory:
+        keep_memory(os.environ)
 
 
 def share(

@@ -63,11 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def denormal_numbers() -> Iterator[None]:
-    """A run flushes them in its process (pretrain/host.py), which may be the one that goes on with other tests."""
+def the_process_as_it_was() -> Iterator[None]:
+    """A run settles denormal numbers and products for its process (pretrain/host.py), which may go on with other tests."""
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
+        sys.modules["torch"].set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -44,18 +44,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="B x T tokens in documents of log-normal lengths about MEAN, at most T, none of which sees another: packed in one "
         "row by us; to transformers padded and, where it can, packed with a mask, of which the faster counts",
     )
+    parser.add_argument(
+        "--vocabulary", type=int, default=COMMON["vocabulary"], metavar="V", help=f"default {COMMON['vocabulary']}"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="steps of each, in turn; medians count (default 7)")
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: as many as torch takes)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--same-host",
         action="store_true",
-        help="both processes keep the memory that they free, use large pages and flush denormal numbers; else only ours does, as "
-        "our runs do",
+        help="both processes keep the memory that they free, use large pages, flush denormal numbers and multiply with the "
+        "library that our runs choose; else only ours does, as our runs do",
     )
     parser.add_argument("--json", type=Path, help="also write all numbers there")
     arguments = parser.parse_args(argv)
-    for name in ("batch", "length", "rounds", "documents"):
+    for name in ("batch", "length", "rounds", "documents", "vocabulary"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     return arguments
@@ -70,7 +73,14 @@ def compare(name: str, precision: str, arguments: argparse.Namespace) -> dict[st
     """Seconds, bytes and losses of both for one model, and the median of the rounds' ratios."""
     kind, layers = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
-        task = Task(kind, {**COMMON, **layers}, precision, documents(arguments), arguments.device, Path(folder))
+        task = Task(
+            kind,
+            {**COMMON, "vocabulary": arguments.vocabulary, **layers},
+            precision,
+            documents(arguments),
+            arguments.device,
+            Path(folder),
+        )
         sides: dict[str, Worker] = {}
         try:
             # Theirs first: it makes the weights.

@@ -1,7 +1,7 @@
 """One side of the bench in a process of its own, on the host as each finds it in real use.
 
-What becomes of freed memory, of large pages and of denormal numbers is settled for a whole process: two models in one process
-would share what our runs do about them (`pretrain/host.py`, `pretrain/main.py`).
+What becomes of freed memory, of large pages and of denormal numbers, and which library multiplies, is settled for a whole
+process: two models in one process would share what our runs do about them (`pretrain/host.py`, `pretrain/main.py`).
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def _serve(connection: Connection, who: str, task: Task, threads: int | None, se
         if threads:
             torch.set_num_threads(threads)
         if settled:
-            host.keep_memory(os.environ)
-            torch.set_flush_denormal(True)
+            host.settle_process(host.CpuConfig(threads=threads))
         side = ours(task) if who == "ours" else theirs(task, who)
 
         def loss() -> float:

@@ -74,7 +74,8 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
 def _settle(config: RunConfig, job: Processes) -> list[str]:
     if job.device.type != "cpu":
         return []
-    return host.settle(config.cpu, job.local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", job.world)))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", job.world))
+    return or_usage(lambda: host.settle(config.cpu, job.local_rank, neighbours))
 
 
 class Loop:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.common import products
 from parallel.cores import members
 from pretrain.host import CpuConfig, keep_memory, nodes, settle, share
 from tests.pretrain.train.small_run import train_on_rank
@@ -131,6 +132,19 @@ def test_denormal_numbers_are_zero_in_all_threads() -> None:
     half = torch.finfo(torch.float32).tiny / 2
     assert run_ranks(_smallest, 1, {})[0] == (0.0, 0.0)
     assert run_ranks(_smallest, 1, {"flush_denormals": False})[0] == (half, half)
+
+
+def _precision(rank: int, world: int, fields: dict[str, Any]) -> tuple[str, str]:
+    """What torch is told about fp32 products: by a run, and by the choice that it should make."""
+    settle(CpuConfig(**fields), rank, world)
+    told = torch.get_float32_matmul_precision()
+    return told, {"onednn": "medium", "blas": "highest"}[products.choose(fields.get("fp32_products", "auto"))]
+
+
+def test_a_run_chooses_the_library_of_its_products() -> None:
+    told, chosen = run_ranks(_precision, 1, {})[0]
+    assert told == chosen
+    assert run_ranks(_precision, 1, {"fp32_products": "blas"})[0] == ("highest", "highest")
 
 
 def test_large_tensors_of_a_run_ask_for_large_pages() -> None:

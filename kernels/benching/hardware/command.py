@@ -44,7 +44,10 @@ from kernels.benching.hardware.clock import Clock
 from kernels.benching.hardware.progress import Progress
 
 PARTS = ("memory", "matmul")
-LIBRARIES = ("default", "cublas", "cublaslt", "hipblas", "hipblaslt", "ck")
+LIBRARIES = {
+    "cuda": ("default", "cublas", "cublaslt", "hipblas", "hipblaslt", "ck"),
+    "cpu": ("default", "blas", "onednn"),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -195,7 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--blas",
         metavar="NAMES",
-        help=f"libraries to try on a GPU, among {','.join(LIBRARIES)}; default: torch's choice",
+        help=f"libraries to try: on a GPU among {','.join(LIBRARIES['cuda'])}; on a CPU, for fp32, among "
+        f"{','.join(LIBRARIES['cpu'])}; default: on GPUs torch's choice, on CPUs that of our runs (cpu.fp32_products)",
     )
     add("--rounds", type=int, help="samples of each figure; default 5 on CPUs, 20 on GPUs")
     add("--no-flush", action="store_true", help="leave a GPU's caches as the last product left them")
@@ -274,9 +278,7 @@ def _products(options: argparse.Namespace) -> None:
     options.shapes = matmul.parse(options.shapes) if options.shapes else []
     usual = matmul.LAYOUTS[1:2] if options.quick else matmul.LAYOUTS
     options.layouts = names("--layouts", options.layouts, matmul.LAYOUTS) if options.layouts else list(usual)
-    libraries = names("--blas", options.blas, LIBRARIES) if options.blas else ["default"]
-    if not gpu and libraries != ["default"]:
-        raise ValueError("--blas chooses among the libraries of a GPU; leave it out on a CPU")
+    libraries = names("--blas", options.blas, LIBRARIES[options.device.type]) if options.blas else ["default"]
     kinds = _kinds(options, gpu) if "matmul" in options.parts else []
     shapes = [*(matmul.grid(sizes, depths) if options.grid else []), *options.shapes]
     options.tasks = matmul.tasks(kinds, options.layouts, shapes, libraries)

@@ -6,6 +6,7 @@ weight [out, in]: "nt" its forward pass, "nn" the gradient of its input, "tn" th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from kernels.benching.hardware.clock import Clock
 from kernels.benching.hardware.dtypes import Kind, precision
 from kernels.benching.measure import relative_difference
 from kernels.benching.timing import Timing
+from kernels.common import products as fp32_products
 
 LAYOUTS = ("nn", "nt", "tn")
 SAMPLED = 16  # rows, and columns, of a result that are checked
@@ -136,7 +138,7 @@ def measure(tasks: Sequence[Task], clock: Clock) -> Iterator[Product]:
             yield _noted(row, f"left out: one would take {seconds:.0f} s")
             continue
         try:
-            with precision(task.kind), _library(task.library):
+            with precision(task.kind), _library(task.library, clock.device):
                 timing, error = _one(task, operands, clock)
         except (RuntimeError, ValueError, MemoryError) as problem:  # out of memory, or a size that fp8 does not take
             if clock.device.type == "cuda":
@@ -211,17 +213,19 @@ class _Operands:
         return found
 
 
-class _library:
-    """Within this context torch's products on GPUs come from this library, in torch's words; "default" changes nothing."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        if self.name != "default":
-            self.before = torch.backends.cuda.preferred_blas_library()
-            torch.backends.cuda.preferred_blas_library(self.name)
-
-    def __exit__(self, *_: object) -> None:
-        if self.name != "default":
-            torch.backends.cuda.preferred_blas_library(self.before)
+@contextlib.contextmanager
+def _library(name: str, device: torch.device) -> Iterator[None]:
+    """Within this context products come from this library. "default": on GPUs torch's choice, on CPUs that of our runs."""
+    if device.type == "cpu":
+        with fp32_products.kept():
+            fp32_products.choose("auto" if name == "default" else name)  # type: ignore[arg-type]
+            yield
+    elif name == "default":
+        yield
+    else:
+        preferred = torch.backends.cuda.preferred_blas_library()
+        torch.backends.cuda.preferred_blas_library(name)
+        try:
+            yield
+        finally:
+            torch.backends.cuda.preferred_blas_library(preferred)

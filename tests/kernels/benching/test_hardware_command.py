@@ -168,7 +168,7 @@ def test_a_wrong_answer_is_an_error_and_is_not_written(
         (["matmul", "--arrays", "1M"], "--arrays belongs to memory, which is not measured here"),
         (["--rounds", "1"], "--rounds must be at least 2"),
         (["--threads", "0"], "--threads must be at least 1"),
-        (["--blas", "cublaslt"], "--blas chooses among the libraries of a GPU"),
+        (["--blas", "cublaslt"], "--blas: 'cublaslt' is unknown; choose among default, blas, onednn"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--plot", "/no/such/folder/x.png"], "there is no folder /no/such/folder"),
         (["--plot", "x.txt"], "the name must end in one of .png, .svg, .pdf"),

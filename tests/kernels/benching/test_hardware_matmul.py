@@ -10,6 +10,7 @@ from kernels.benching.hardware import dtypes, matmul, plateau
 from kernels.benching.hardware.clock import Clock
 from kernels.benching.hardware.dtypes import Kind
 from kernels.benching.timing import Timing
+from kernels.common import products
 from tests.kernels.benching.hardware_rows import product
 
 CPU = torch.device("cpu")
@@ -197,3 +198,15 @@ def test_the_time_that_is_left() -> None:
     # 2 GFLOP at 0.02 TFLOP/s take 0.1 s, timed in 0.7 s; bf16 is guessed at the same rate: 0.7 s and 2 x 0.1 ms + 50 ms.
     assert matmul.seconds_left(tasks, done, clock) == pytest.approx(0.7 + 0.7 + 0.0502)
     assert matmul.seconds_left(tasks, [product(100, 100, 100, 1.0)] * 4, clock) == 0.0
+
+
+def test_the_library_of_a_cpu_is_chosen_for_its_products_only() -> None:
+    with products.kept():
+        torch.set_float32_matmul_precision("medium")
+        with matmul._library("blas", CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    with matmul._library("default", CPU):  # what our runs do
+        told = torch.get_float32_matmul_precision()
+    with products.kept():
+        assert told == {"onednn": "medium", "blas": "highest"}[products.choose("auto")]
