@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from kernels.attention import varlen
+from kernels.attention import varlen, wide
 from kernels.attention.reference import visible
 
 BAND = 256  # queries in a block of the band: its share of scores that nobody sees is BAND / (window + BAND)
@@ -115,6 +115,9 @@ def _call(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False
         if K != V:
             # The fused kernel wants equal widths. Zeros change no score, and add columns of zeros to the output.
             q, k, v = (pad(x, (0, max(K, V) - x.shape[3])) if x.shape[3] < max(K, V) else x for x in (q, k, v))
+        if mask is None and wide.serves(q, k):
+            o = wide.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
+            return o.transpose(1, 2)[..., :V]
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if narrow and learning and k.shape[1] < WIDENED_KEYS:
             # Its backward in bf16 has a cost that does not shrink with the sequence: in fp32, 64 keys train twice as fast.

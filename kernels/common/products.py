@@ -49,6 +49,11 @@ def why_not_onednn() -> str | None:
     return None if error < FP32_ERROR else f"a product was wrong by {error:.0e} of its largest entry"
 
 
+def in_use() -> str:
+    """What `choose` last said in this process; "blas" before."""
+    return "onednn" if torch.get_float32_matmul_precision() == "medium" and why_not_onednn() is None else "blas"
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """What is chosen in this context ends with it."""

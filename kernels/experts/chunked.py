@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from kernels.common import products
 from kernels.common.rows import row_blocks
 from kernels.experts.activations import ACTIVATIONS
 
@@ -65,11 +66,13 @@ class _Plan:
 def alignment(x: Tensor) -> int:
     """Rows to which each expert's share is rounded up.
 
-    On CPUs bf16 products go through oneDNN, which compiles a kernel for each new shape: about a millisecond and half a
-    megabyte, again and again if every step brings other loads. Rounding makes the shapes few, and the products' inner
-    loops whole. Elsewhere nothing is padded.
+    On CPUs bf16 products go through oneDNN, and on some fp32 ones (kernels/common/products.py), which compiles a kernel for
+    each new shape: about a millisecond and half a megabyte, again and again if every step brings other loads. Rounding makes
+    the shapes few, and the products' inner loops whole. Elsewhere nothing is padded.
     """
-    return 64 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    onednn = narrow or (x.dtype == torch.float32 and products.in_use() == "onednn")
+    return 64 if x.device.type == "cpu" and onednn else 1
 
 
 def _plan(indices: Tensor, experts: int, align: int) -> _Plan:

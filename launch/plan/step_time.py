@@ -24,6 +24,10 @@ CLIP = 8.0
 # Under autocast each fp32 weight is read and its bf16 copy written, once a micro-batch, and its gradient is read in bf16, added
 # to the fp32 one: bytes a weight. In fp32 it is only added.
 CASTS = {"bf16": 4.0 + 2.0 + 2.0 + 8.0, "fp32": 12.0}
+# Parameters that are gathered are copied into a message and out of it, gradients into it and added up after it: read and written
+# each time, by what a rank holds alone (OWN) and by the whole buffer (WHOLE).
+OWN = {"all_gather": 2.0, "reduce_scatter": 3.0}
+WHOLE = {"all_gather": 2.0, "reduce_scatter": 2.0}
 HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory that one GPU gets
 HOST_STREAM = 20e9  # bytes/s of host memory that one rank's optimizer gets, where it is offloaded
 # Axes over which parameters are gathered and gradients summed; other messages carry activations.
@@ -44,8 +48,8 @@ class StepTime:
     """Seconds of a step on the rank that sets the pace. seconds: their sum.
 
     products: matrix products, of which `small` more than at the ceiling's rate. arithmetic: other FLOPs. memory: element-wise
-    work and casts. recomputed: activations computed again. optimizer: update and gradient norm. exposed: messages that nothing
-    hides. idle: waiting for other pipeline stages.
+    work, casts and copies around messages. recomputed: activations computed again. optimizer: update and gradient norm.
+    exposed: messages that nothing hides. idle: waiting for other pipeline stages.
     """
 
     products: float
@@ -132,7 +136,8 @@ def _stage(
     plain = sum(3.0 * matmul.calls * matmul.flops for matmul in stage.matmuls)
     arithmetic = chip.arithmetic(max(0.0, stage.flops - plain))
     weights = sum(matmul.calls * matmul.n * matmul.k for matmul in stage.matmuls)
-    memory = chip.stream(TRAFFIC * kept * costs.micro_batches + CASTS[config.train.precision] * weights)
+    moved = TRAFFIC * kept * costs.micro_batches + CASTS[config.train.precision] * weights + _copied(stage.collectives)
+    memory = chip.stream(moved)
     recomputed = 0.0
     if stage.flops > 0.0 and stage.recomputed > 0.0:
         recomputed = (products + arithmetic) * stage.recomputed / stage.flops
@@ -154,6 +159,15 @@ def _stage(
         sum(message.exposed for message in messages),
         0.0,
         messages,
+    )
+
+
+def _copied(collectives: Sequence[Collective]) -> float:
+    """Bytes that are read and written around the messages of parameters and their gradients."""
+    return sum(
+        each.total * (WHOLE[each.op] + OWN[each.op] / each.ranks)
+        for each in collectives
+        if each.axis in STATE_AXES and each.op in WHOLE and each.ranks > 1
     )
 
 

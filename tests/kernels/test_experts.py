@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.experts import experts, load
+from kernels.experts import chunked, experts, load
 from kernels.experts.activations import ACTIVATIONS
 
 
@@ -58,8 +58,6 @@ def test_fast_form_is_the_definition(dtype, tolerance, k, activation, monkeypatc
 @pytest.mark.parametrize("align", [3, 8])
 def test_rounding_up_each_share_changes_nothing(align, monkeypatch):
     """Filling rows have weight zero: they add nothing to y or to any gradient."""
-    from kernels.experts import chunked
-
     tensors, indices = operands(N=13, k=2)
     expected = run_as("reference", monkeypatch, tensors, indices, activation="silu")
     monkeypatch.setattr(chunked, "alignment", lambda x: align)
@@ -184,3 +182,10 @@ def test_refusals_name_the_argument(change, message):
     arguments = {"x": x, "gate_up": gate_up, "down": down, "indices": indices, "scores": scores} | change
     with pytest.raises(ValueError, match=message):
         experts(**arguments)
+
+
+def test_shares_are_rounded_where_a_new_shape_costs_a_kernel(monkeypatch):
+    x = {dtype: torch.zeros(1, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+    for library, of_fp32 in (("blas", 1), ("onednn", 64)):
+        monkeypatch.setattr(chunked.products, "in_use", lambda library=library: library)
+        assert [chunked.alignment(x[dtype]) for dtype in x] == [1, of_fp32, 64]
