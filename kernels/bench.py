@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,4 +207,5 @@ def _tune_one(workload: Workload, shape: Shape, options: argparse.Namespace, con
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, as our runs have them (pretrain/main.py)
     sys.exit(main())

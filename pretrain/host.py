@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -75,6 +76,8 @@ def settle_process(config: CpuConfig) -> None:
     Raises ValueError when the library of products that is asked for cannot serve.
     """
     if config.flush_denormals:
+        for kind in (np.float32, np.float64):
+            np.finfo(kind)  # kept by numpy, which would look for denormal numbers later, and warn that there are none
         torch.set_flush_denormal(True)
     products.choose(config.fp32_products)
     if config.keep_memory:

@@ -40,7 +40,9 @@ class BackgroundSaver:
         assert self._thread is None, "one save at a time"
         state = self._copy({**tensors, **{f"rank/{name}": tensor for name, tensor in per_rank.items()}})
         own = {name.removeprefix("rank/"): state.pop(name) for name in list(state) if name.startswith("rank/")}
-        self._thread = threading.Thread(target=self._save, args=(step, state, dict(meta), own), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._save, args=(step, state, dict(meta), own), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,12 +78,18 @@ class BackgroundSaver:
         """Whether a save is under way on this rank; ranks may differ for a moment."""
         return self._thread is not None and self._thread.is_alive()
 
-    def wait(self) -> float | None:
-        """Seconds waited for the save that was begun last; None if there is none. Raises what it raised: alike on every rank."""
+    def wait(self, seconds: float | None = None) -> float | None:
+        """Seconds waited for the save that was begun last; None if there is none. Raises what it raised: alike on every rank.
+
+        seconds: how long at most, for a run that ends: a save that is not done then is never committed, and ends with the
+        process. Raises TimeoutError.
+        """
         if self._thread is None:
             return None
         start = time.perf_counter()
-        self._thread.join()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the save was not done after {seconds:g} s")
         self._thread = None
         error, self._error = self._error, None
         if error is not None:

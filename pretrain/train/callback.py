@@ -30,6 +30,8 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     stop: str | None = None
     """Set to a reason to end the run after this step."""
+    broken: bool = False
+    """An error that the ranks did not agree on ends the run: others may not answer any more."""
     faults: FaultState = field(default_factory=FaultState)
     """What decisions about faulty steps go by, besides the step."""
 

@@ -64,6 +64,7 @@ def train(config: RunConfig, extra: Sequence[Callback] = ()) -> int:
                     return loop.end(signals.received)
                 except BaseException as error:
                     heartbeat.error(error)
+                    loop.run.broken = not hasattr(error, "exit_code")
                     raise
                 finally:
                     loop.close()

@@ -35,12 +35,13 @@ class Save(Callback):
     def __init__(self, checkpoints: Checkpoints, loader: Loader, progress: Progress):
         self.checkpoints, self.loader, self.progress = checkpoints, loader, progress
         self.background = BackgroundSaver(checkpoints, self._done)
+        self.run: Run | None = None
         self.begun = -1  # the newest step whose save has begun
         self.failures = 0
         self.no_memory = False  # for the copy that a save beside training needs
 
     def on_start(self, run: Run) -> None:
-        self.begun = run.step
+        self.run, self.begun = run, run.step
 
     def due(self, run: Run) -> bool:
         """Whether this step is saved."""
@@ -112,9 +113,11 @@ class Save(Callback):
         self.progress.say(f"step {step}: saved {path} in {seconds:.1f} s")
 
     def close(self) -> None:
-        # Whatever ended the run, what was begun is brought to its end; its failure would hide the cause.
+        # Whatever ended the run, what was begun is brought to its end; its failure would hide the cause. But where a rank or the
+        # network is gone, the others' part of a save may never come, and they would be waited for as long as for a disk.
+        patience = self.run.config.train.timeout if self.run is not None and self.run.broken else None
         with contextlib.suppress(Exception):
-            self.background.wait()
+            self.background.wait(patience)
 
 
 def content(run: Run, loader: Loader) -> dict[str, Any]:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.pretrain.train.small_run import SETTINGS
 
 STEPS = 80
-CUT = 12  # the step after which the cable is pulled; not near a save, which may take longer than a step before it is given up
+CUT = 12  # the step after which the cable is pulled; the save begun two steps before may still be under way
 
 
 class Cable:

@@ -25,6 +25,7 @@ def such_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("T", "S", "causal", "library"),
     [
         (5, 5, True, "blas"),
+        (64, 64, True, "blas"),
         (767, 767, True, "blas"),
         (768, 768, True, "onednn"),
         (801, 801, True, "onednn"),  # filled up to 832

@@ -56,7 +56,15 @@ def compare(sizes: Sizes, B: int, T: int, borders: list[int] | None, state: bool
     exact = values_and_gradients(cca_reference, z.double(), [x.double() for x in given], wide, borders)
     for name, value in exact.items():
         assert ours[name].dtype == torch.float32
-        assert (ours[name].double() - value).norm() <= 2e-6 * value.norm(), name
+        size = value.norm() if name != "factor" else _summed(exact["k"], given[-1].double())
+        assert (ours[name].double() - value).norm() <= 2e-6 * size, name
+
+
+def _summed(k: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Size of what the factor's gradient is a sum of, dk · k / factor of each token: a sum of few terms may nearly vanish, and
+    its rounding does not."""
+    upstream = draw(*k.shape, seed=21, dtype=torch.bfloat16).to(torch.float16).double()
+    return (upstream * k / factor[:, None]).sum(-1).abs().sum((0, 1)).norm()
 
 
 def test_small_tiles_make_every_kind_of_span(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_the_ends_of_long_rows() -> None:
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (16, 16), (50, 37), (33, 100), (100, 20)])
 @pytest.mark.parametrize("add", [False, True])
 def test_product(m: int, k: int, add: bool) -> None:
-    """Strided operands, sizes that no tile divides; below the diagonal stands what is above it."""
+    """Strided operands, sizes that no tile divides; tiles below the diagonal are those above it."""
     torch.manual_seed(0)
     wide = torch.randn(2, k, m + 3)
     a = wide[:, :, :m].mT
@@ -69,7 +69,11 @@ def test_product(m: int, k: int, add: bool) -> None:
         found = symmetric_product_triton(a, a, 0.5, c if add else None, -3.0, 2.0)
     expected = 0.5 * (a.double() @ a.double().mT) + (-3.0 * c.double() if add else 0) + 2 * torch.eye(m)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(found, found.mT)
+    tile = torch.arange(m) // SMALL["BLOCK"]
+    mirrored = (
+        tile[:, None] != tile
+    )  # a tile on the diagonal is as symmetric as the sums of the library that multiplied it
+    assert torch.equal(found[:, mirrored], found.mT[:, mirrored])
 
 
 @pytest.mark.parametrize("gram", [True, False])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pretrain.checkpoint import points
 from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.lifecycle import Checkpoints
+from pretrain.train.save import Save
 from tests.pretrain.checkpoint.ranks_at_work import background_saves
 from tests.ranks import run_ranks
 
@@ -56,6 +59,24 @@ def test_a_failure_comes_back_at_the_next_call(tmp_path: Path, monkeypatch: pyte
     saver.start(2, {"model/w": torch.ones(2)}, {}, {})
     saver.wait()
     assert [entry.step for entry in saver.checkpoints.list()] == [2]
+
+
+def test_a_broken_run_waits_no_longer_than_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save is stuck, as with a rank that is gone. What has failed without the ranks' agreement ends soon all the same."""
+    gate = threading.Event()
+    monkeypatch.setattr(points, "observer", lambda point: gate.wait(60) if point == "writing" else None)
+    save = Save(Checkpoints(tmp_path), cast(Any, None), cast(Any, None))
+    run = SimpleNamespace(step=0, broken=True, config=SimpleNamespace(train=SimpleNamespace(timeout=0.1)))
+    save.on_start(cast(Any, run))
+    save.background.start(1, {"model/w": torch.ones(2)}, {}, {})
+    save.close()
+    assert save.background.busy
+    with pytest.raises(TimeoutError, match=r"was not done after 0\.1 s"):
+        save.background.wait(0.1)
+    run.broken, save.progress = False, cast(Any, SimpleNamespace(say=lambda text: None))
+    threading.Timer(0.3, gate.set).start()
+    save.close()  # all ranks have agreed to end: the save is brought to its end
+    assert [entry.step for entry in save.checkpoints.list()] == [1]
 
 
 def test_ranks_save_beside_collectives_and_fail_alike(tmp_path: Path) -> None:
