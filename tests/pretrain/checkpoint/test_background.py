@@ -64,7 +64,7 @@ def test_a_failure_comes_back_at_the_next_call(tmp_path: Path, monkeypatch: pyte
 def test_a_broken_run_waits_no_longer_than_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The save is stuck, as with a rank that is gone. What has failed without the ranks' agreement ends soon all the same."""
     gate = threading.Event()
-    monkeypatch.setattr(points, "observer", lambda point: gate.wait(60) if point == "writing" else None)
+    monkeypatch.setattr(points, "observer", lambda point: gate.wait(10) if point == "writing" else None)
     save = Save(Checkpoints(tmp_path), cast(Any, None), cast(Any, None))
     run = SimpleNamespace(step=0, broken=True, config=SimpleNamespace(train=SimpleNamespace(timeout=0.1)))
     save.on_start(cast(Any, run))
