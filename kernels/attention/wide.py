@@ -41,10 +41,9 @@ class _Attention(torch.autograd.Function):
         length = q.shape[2]
         long = min(length, k.shape[2]) >= LONG
         filling = -length % MULTIPLE if long and causal else 0  # without a causal mask, filled keys would be seen
-        ctx.library = "onednn" if long and (filling or not length % MULTIPLE) else "blas"
+        ctx.library = "onednn" if long and (causal or not length % MULTIPLE) else "blas"
         ctx.scale, ctx.causal, ctx.filling = scale, causal, filling
-        with products.kept():
-            products.choose(ctx.library)
+        with products.using(ctx.library):
             o, logsumexp = FUSED(*(_widened(x, filling) for x in (q, k, v)), 0.0, causal, scale=scale)
         o = o[:, :, :length].to(q.dtype)
         ctx.save_for_backward(q, k, v, o, logsumexp)
@@ -55,8 +54,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, logsumexp = ctx.saved_tensors
         wide = [_widened(x, ctx.filling) for x in (do, q, k, v, o)]
-        with products.kept():
-            products.choose(ctx.library)
+        with products.using(ctx.library):
             gradients = FUSED_BACKWARD(*wide, logsumexp, 0.0, ctx.causal, scale=ctx.scale)
         return *(g[:, :, : x.shape[2]].to(x.dtype) for g, x in zip(gradients, (q, k, v))), None, None
 

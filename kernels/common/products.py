@@ -64,6 +64,14 @@ def kept() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
+def using(library: Library) -> Iterator[None]:
+    """`choose`, for this context."""
+    with kept():
+        choose(library)
+        yield
+
+
 def _permit(onednn: bool) -> None:
     # The newer torch.backends.mkldnn.matmul.fp32_precision would leave torch.get_float32_matmul_precision() raising errors.
     torch.set_float32_matmul_precision("medium" if onednn else "highest")

@@ -182,9 +182,8 @@ def _backward(
             act.into(gate, value)
             if gated:
                 up = here[block, F:]
-                torch.mul(
-                    d, value, out=to[:, F:]
-                )  # unweighted so far: its dot product with up is the weight's gradient
+                # Unweighted so far: its dot product with up is the weight's gradient.
+                torch.mul(d, value, out=to[:, F:])
                 torch.sum(torch.mul(to[:, F:], up, out=to[:, :F]), -1, dtype=d_weight.dtype, out=d_weight[a:b][block])
                 to[:, F:].mul_(w)
                 value.mul_(up)

@@ -25,9 +25,8 @@ CLIP = 8.0
 # to the fp32 one: bytes a weight. In fp32 it is only added.
 CASTS = {"bf16": 4.0 + 2.0 + 2.0 + 8.0, "fp32": 12.0}
 # Parameters that are gathered are copied into a message and out of it, gradients into it and added up after it: read and written
-# each time, by what a rank holds alone (OWN) and by the whole buffer (WHOLE).
-OWN = {"all_gather": 2.0, "reduce_scatter": 3.0}
-WHOLE = {"all_gather": 2.0, "reduce_scatter": 2.0}
+# each time: so many times the whole buffer, and what a rank holds alone.
+COPIES = {"all_gather": (2.0, 2.0), "reduce_scatter": (2.0, 3.0)}
 HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory that one GPU gets
 HOST_STREAM = 20e9  # bytes/s of host memory that one rank's optimizer gets, where it is offloaded
 # Axes over which parameters are gathered and gradients summed; other messages carry activations.
@@ -164,11 +163,12 @@ def _stage(
 
 def _copied(collectives: Sequence[Collective]) -> float:
     """Bytes that are read and written around the messages of parameters and their gradients."""
-    return sum(
-        each.total * (WHOLE[each.op] + OWN[each.op] / each.ranks)
-        for each in collectives
-        if each.axis in STATE_AXES and each.op in WHOLE and each.ranks > 1
-    )
+    moved = 0.0
+    for each in collectives:
+        if each.axis in STATE_AXES and each.op in COPIES and each.ranks > 1:
+            whole, own = COPIES[each.op]
+            moved += each.total * (whole + own / each.ranks)
+    return moved
 
 
 def _three(matmul: Matmul, chip: Chip, width: int) -> float:

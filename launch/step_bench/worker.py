@@ -72,7 +72,7 @@ def _serve(connection: Connection, who: str, task: Task, threads: int | None, se
         if threads:
             torch.set_num_threads(threads)
         if settled:
-            host.settle_process(host.CpuConfig(threads=threads))
+            host.settle_process(host.CpuConfig())
         side = ours(task) if who == "ours" else theirs(task, who)
 
         def loss() -> float:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.common import rows
 from kernels.experts import chunked, experts, load
 from kernels.experts.activations import ACTIVATIONS
 
@@ -62,6 +63,18 @@ def test_rounding_up_each_share_changes_nothing(align, monkeypatch):
     expected = run_as("reference", monkeypatch, tensors, indices, activation="silu")
     monkeypatch.setattr(chunked, "alignment", lambda x: align)
     assert_same(run_as("chunked", monkeypatch, tensors, indices, activation="silu"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_shares_of_several_blocks(gated, activation, monkeypatch):
+    """Blocks of two rows of hidden width 4: experts with whole blocks, a last short one, and less than one."""
+    (x, gate_up, down, scores), _ = operands(k=1)
+    tensors = (x, gate_up if gated else gate_up[..., :4].contiguous(), down, scores)
+    indices = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 4])[:, None]
+    expected = run_as("reference", monkeypatch, tensors, indices, activation=activation)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 8 * x.element_size() // torch.get_num_threads())
+    assert_same(run_as("chunked", monkeypatch, tensors, indices, activation=activation), expected, 1e-10)
 
 
 ROUTINGS = {

@@ -70,9 +70,8 @@ def test_product(m: int, k: int, add: bool) -> None:
     expected = 0.5 * (a.double() @ a.double().mT) + (-3.0 * c.double() if add else 0) + 2 * torch.eye(m)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
     tile = torch.arange(m) // SMALL["BLOCK"]
-    mirrored = (
-        tile[:, None] != tile
-    )  # a tile on the diagonal is as symmetric as the sums of the library that multiplied it
+    # A tile on the diagonal is as symmetric as the sums of the library that multiplied it.
+    mirrored = tile[:, None] != tile
     assert torch.equal(found[:, mirrored], found.mT[:, mirrored])
 
 

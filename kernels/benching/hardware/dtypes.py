@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.architecture import architecture
+from kernels.common import products
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,6 @@ def _probe(fp8: Kind, device: torch.device) -> None:
 @contextlib.contextmanager
 def precision(chosen: Kind) -> Iterator[None]:
     """Within this context fp32 products have the kind's precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(chosen.precision)
-    try:
+    with products.kept():
+        torch.set_float32_matmul_precision(chosen.precision)
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)

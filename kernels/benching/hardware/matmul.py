@@ -217,8 +217,7 @@ class _Operands:
 def _library(name: str, device: torch.device) -> Iterator[None]:
     """Within this context products come from this library. "default": on GPUs torch's choice, on CPUs that of our runs."""
     if device.type == "cpu":
-        with fp32_products.kept():
-            fp32_products.choose("auto" if name == "default" else name)  # type: ignore[arg-type]
+        with fp32_products.using("auto" if name == "default" else name):  # type: ignore[arg-type]
             yield
     elif name == "default":
         yield
