@@ -21,5 +21,9 @@ step "lint" "$PYTHON" -m ruff check .
 step "types" "$PYTHON" -m mypy
 step "floors" "$PYTHON" -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command([]))'
 workers=$(($(nproc) < 8 ? $(nproc) : 8))
+# A test that hangs for a quarter of an hour is no reason to lose the others: where each thread is gets printed, the process of the
+# test ends, and it counts as failed. Single tests of a campaign may take longer.
+guard=(-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true --max-worker-restart 2)
+case " $* " in *" --campaign "*) guard=() ;; esac
 # A file's tests stay together and in order (they share what is slow to make); tests/conftest.py puts the longest files first.
-step "tests" "$PYTHON" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
+step "tests" "$PYTHON" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder ${guard[@]+"${guard[@]}"} "$@"

@@ -111,4 +111,6 @@ def fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from parallel.ending import end
+
+    end(main)

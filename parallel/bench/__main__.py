@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from parallel.ending import end
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: see --help."""
@@ -22,4 +24,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

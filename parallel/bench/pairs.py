@@ -15,6 +15,7 @@ import numpy as np
 
 from parallel.bench.interrupt import Stop
 from parallel.bench.sizes import parse_sizes, show, span
+from parallel.ending import end
 from parallel.fabric.fit import Fit, fit
 from parallel.fabric.links import Finding, Matrix
 from parallel.fabric.pairwise import pairwise, places
@@ -208,4 +209,4 @@ def _usage(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

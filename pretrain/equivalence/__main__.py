@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parallel.ending import end
 from pretrain.exit import ERROR, FINISHED, USAGE
 
 if TYPE_CHECKING:
@@ -180,4 +181,4 @@ def _report(verdicts: dict[str, Verdict], said: list[str], world: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

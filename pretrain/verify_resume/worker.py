@@ -6,13 +6,13 @@ import argparse
 import ctypes
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from parallel.ending import end
 from pretrain import config as configuration
 from pretrain.checkpoint.folder import checkpoint_name
 from pretrain.checkpoint.lifecycle import Checkpoints
@@ -104,4 +104,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

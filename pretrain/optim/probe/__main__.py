@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from parallel.ending import end
 from pretrain.exit import ERROR, FINISHED, USAGE
 
 if TYPE_CHECKING:
@@ -149,4 +150,4 @@ def report(lines: list[Line], kind: str, world: int, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)
