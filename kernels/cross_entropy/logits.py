@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.common.exponential import exp_
+
 BLOCK_LOGITS = 1 << 18  # logits in fp32 at a time on a CPU: 1 MiB, half of a core's second-level cache
 
 
@@ -104,7 +106,7 @@ def token_losses(
         if smooth:
             parts[0, 3, rows] = z.sum(-1)
         top = z.amax(-1, keepdim=True)
-        total = z.sub_(top).exp_().sum(-1, keepdim=True)
+        total = exp_(z.sub_(top)).sum(-1, keepdim=True)
         parts[0, 0, rows], parts[0, 1, rows] = top[:, 0], total[:, 0]
         if shard is None:
             lse[rows] = (top + total.log()).squeeze(-1)
@@ -119,7 +121,7 @@ def token_losses(
             if block is None:  # here lie the exponentials already
                 z = logits[rows].mul_((parts[0, 0, rows, None] - lse[rows, None]).exp())
             else:
-                z = _widened(logits[rows], block, bias).sub_(lse[rows, None]).exp_()
+                z = exp_(_widened(logits[rows], block, bias).sub_(lse[rows, None]))
             z.mul_((1 + 2 * terms.z_loss * lse[rows, None]) * factor[rows, None])
             _store(z, logits[rows], block, factor[rows], smooth / vocabulary)
     if learn:

@@ -75,6 +75,16 @@ def alignment(x: Tensor) -> int:
     return 64 if x.device.type == "cpu" and onednn else 1
 
 
+def _room(x: Tensor, rows: int, width: int) -> Tensor:
+    """Memory for [rows, width], taken in steps of a sixteenth.
+
+    Loads change from step to step, and sizes with them: what one step frees would not quite fit the next, and fresh pages cost
+    more than the products that fill them.
+    """
+    step = 1 << max(0, rows.bit_length() - 5)
+    return x.new_empty(-(-rows // step) * step, width)[:rows]
+
+
 def _plan(indices: Tensor, experts: int, align: int) -> _Plan:
     flat = indices.reshape(-1)
     order = torch.argsort(flat, stable=True)  # stable: a fixed order
@@ -121,8 +131,8 @@ class _Experts(torch.autograd.Function):
         gated = gate_up.shape[2] != F
         plan = _plan(indices, E, alignment(x))
         P = plan.source.shape[0]
-        hidden, out = x.new_empty(P, gate_up.shape[2]), x.new_empty(P, D)
-        rows, acted = x.new_empty(plan.longest, D), x.new_empty(plan.longest, F)
+        hidden, out = _room(x, P, gate_up.shape[2]), _room(x, P, D)
+        rows, acted = _room(x, plan.longest, D), _room(x, plan.longest, F)
         ups, downs = _Matrices(gate_up, x.dtype), _Matrices(down, x.dtype)
         for e, a, b in plan.segments:
             n, here = b - a, hidden[a:b]
@@ -167,10 +177,10 @@ def _backward(
             if gradient is not None:
                 gradient[e] = 0
     d_weight = torch.empty(P, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    d_rows = x.new_empty(P, D) if wanted[0] else None
-    rows = x.new_empty(longest, D)
-    acted, d_acted = (x.new_empty(longest, F) for _ in range(2))
-    d_hidden = x.new_empty(longest, gate_up.shape[2])
+    d_rows = _room(x, P, D) if wanted[0] else None
+    rows = _room(x, longest, D)
+    acted, d_acted = (_room(x, longest, F) for _ in range(2))
+    d_hidden = _room(x, longest, gate_up.shape[2])
     ups, downs = _Matrices(gate_up, x.dtype), _Matrices(down, x.dtype)
     for e, a, b in plan.segments:
         n, here, token = b - a, hidden[a:b], plan.token[a:b]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.common.exponential import exp_
 from kernels.gated_linear_attention.plan import Plan, Segment
 
 
@@ -55,4 +56,4 @@ def decay_factor(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     cut is lost in rounding anyway: a token's own contribution carries the factor 1.
     """
     least = -300.0 if dtype == torch.float64 else -60.0
-    return torch.threshold_(exponent, least, -torch.inf).exp_()
+    return exp_(torch.threshold_(exponent, least, -torch.inf))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.common.exponential import exp_
 from kernels.gated_linear_attention.plan import Plan, make_plan
 
 CHUNK_SIZE = 64
@@ -83,7 +84,7 @@ def _tokens(
 def _decays(s: _Tokens, block: slice) -> tuple[Tensor, Tensor]:
     """exp(dt A) of each token [C, M, d, N], and of each chunk as a whole [M, d, N]."""
     dt, A = s.dt[..., block, None], s.A[block]
-    return (dt * A).exp_(), (dt.sum(0) * A).exp_()
+    return exp_(dt * A), exp_(dt.sum(0) * A)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

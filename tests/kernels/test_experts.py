@@ -202,3 +202,9 @@ def test_shares_are_rounded_where_a_new_shape_costs_a_kernel(monkeypatch):
     for library, of_fp32 in (("blas", 1), ("onednn", 64)):
         monkeypatch.setattr(chunked.products, "in_use", lambda library=library: library)
         assert [chunked.alignment(x[dtype]) for dtype in x] == [1, of_fp32, 64]
+
+
+def test_loads_that_change_a_little_take_memory_of_the_same_size():
+    taken = [chunked._room(torch.zeros(1), rows, 3) for rows in (0, 1, 31, 8250, 8600, 8704, 8705)]
+    assert [x.shape for x in taken] == [(rows, 3) for rows in (0, 1, 31, 8250, 8600, 8704, 8705)]
+    assert [x.untyped_storage().nbytes() // 12 for x in taken] == [0, 1, 31, 8704, 8704, 8704, 9216]
