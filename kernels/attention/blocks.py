@@ -14,56 +14,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from kernels.common.exponential import LOG2E
+
 QUERIES = 256  # of one head in a block
 ROWS = 512  # queries of all heads that share keys, in a block
 KEYS = 1024  # in a part: its scores are 2 MiB
-LOG2E = math.log2(math.e)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(o [B, H, T, V] in q's dtype, l fp32 [B, H, T]) of q [B, H, T, K], k [B, HKV, T, K] and v [B, HKV, T, V]."""
+    """(o [B, H, T, V] in q's dtype, l fp32 [B, H, T]) of q [B, H, T, K], k [B, HKV, T, K] and v [B, HKV, T, V].
+
+    l is a logsumexp to base 2.
+    """
     B, H, T, K = q.shape
     HKV, V = k.shape[1], v.shape[3]
     G = H // HKV
     o = q.new_empty(B, T, H, V).transpose(1, 2)
-    lengths = q.new_empty(B, H, T, dtype=torch.float32)
+    logsumexp = q.new_empty(B, H, T, dtype=torch.float32)
     memory = q.new_empty(_scores(T, G), dtype=torch.float32)
     unseen = torch.full((QUERIES, QUERIES), -math.inf).triu_(1)
-    for b, h in ((b, h) for b in range(B) for h in range(HKV)):
+    for b, h in product(range(B), range(HKV)):
         key, value, heads = k[b, h].float(), v[b, h].float(), slice(h * G, h * G + G)
         for first, last, parts in _blocks(T, G):
             C = last - first
             x = q[b, heads, first:last].float().mul(scale * LOG2E).reshape(G * C, K)
-            top = total = summed = None
+            top, total = x.new_full((G * C, 1), -math.inf), x.new_zeros(G * C, 1)
+            summed = x.new_zeros(G * C, V)
             for start, end in parts:
                 scores = torch.mm(x, key[start:end].T, out=_view(memory, G * C, end - start))
                 if end == last:
                     scores.view(G, C, -1)[:, :, first - start :].add_(unseen[:C, :C])
-                highest = scores.amax(1, keepdim=True)
-                if top is not None:
-                    highest = torch.maximum(highest, top)
+                highest = torch.maximum(top, scores.amax(1, keepdim=True))
                 p = scores.sub_(highest).exp2_()
-                if top is None or total is None or summed is None:
-                    total, summed = p.sum(1, keepdim=True), torch.mm(p, value[start:end])
-                else:
-                    shrunk = top.sub_(highest).exp2_()
-                    total.mul_(shrunk).add_(p.sum(1, keepdim=True))
-                    summed.mul_(shrunk).addmm_(p, value[start:end])
+                shrunk = top.sub_(highest).exp2_()  # 0 before the first part
+                total.mul_(shrunk).add_(p.sum(1, keepdim=True))
+                summed.mul_(shrunk).addmm_(p, value[start:end])
                 top = highest
-            assert top is not None and total is not None and summed is not None
             o[b, heads, first:last] = summed.div_(total).view(G, C, V)
-            lengths[b, heads, first:last] = top.add_(total.log2_()).view(G, C)
-    return o, lengths
+            logsumexp[b, heads, first:last] = top.add_(total.log2_()).view(G, C)
+    return o, logsumexp
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lengths: Tensor, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the dtypes of q, k, v; o and lengths are what `forward` returned."""
+    """(dq, dk, dv) in the dtypes of q, k, v; o and logsumexp are what `forward` returned."""
     B, H, T, K = q.shape
     HKV, V = k.shape[1], v.shape[3]
     G = H // HKV
@@ -72,7 +72,7 @@ def backward(
     dk, dv = (x.new_empty(B, T, HKV, x.shape[3]).transpose(1, 2) for x in (k, v))
     of_p, of_d = (q.new_empty(_scores(T, G), dtype=torch.float32) for _ in range(2))
     rounded = q.new_empty(_scores(T, G) if narrow else 0, dtype=torch.bfloat16)
-    for b, h in ((b, h) for b in range(B) for h in range(HKV)):
+    for b, h in product(range(B), range(HKV)):
         key, value, heads = k[b, h].float(), v[b, h].float(), slice(h * G, h * G + G)
         own_key = k[b, h].contiguous() if narrow else key
         dkey, dvalue = key.new_zeros(T, K), key.new_zeros(T, V)
@@ -83,11 +83,11 @@ def backward(
                 queries, dout = queries.float(), dout.float()
             x, wide = queries.float().mul(scale * LOG2E), dout.float()
             delta = (wide * o[b, heads, first:last].reshape(G * C, V)).sum(1, keepdim=True)
-            length = lengths[b, heads, first:last].reshape(-1, 1)
+            norm = logsumexp[b, heads, first:last].reshape(-1, 1)
             dqueries = x.new_zeros(G * C, K)
             for start, end in parts:
                 n = end - start
-                p = torch.mm(x, key[start:end].T, out=_view(of_p, G * C, n)).sub_(length).exp2_()
+                p = torch.mm(x, key[start:end].T, out=_view(of_p, G * C, n)).sub_(norm).exp2_()
                 if end == last:
                     p.view(G, C, n)[:, :, first - start :].tril_()
                 d = torch.mm(wide, value[start:end].T, out=_view(of_d, G * C, n)).sub_(delta).mul_(p)
