@@ -17,6 +17,7 @@ import psutil
 PR_SET_CHILD_SUBREAPER = 36
 POLL = 0.1  # seconds
 LOOK_AROUND = 2.0  # seconds between two looks at what other hosts have decided
+LAST_WORDS = 20.0  # seconds that a torchrun whose ranks have all ended has to end by itself
 KILL_PATIENCE = 30.0  # seconds for the kernel to end what was killed; devices and disks can hold a process
 
 
@@ -64,31 +65,38 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def run(command: Sequence[str], requests: Requests, overtaken: Callable[[], bool]) -> int:
+def run(
+    command: Sequence[str], requests: Requests, overtaken: Callable[[], bool], begun: Callable[[], bool] = lambda: False
+) -> int:
     """Runs a torchrun to its end and returns its exit code, negative for a signal.
 
     A request goes straight to the ranks: torchrun would kill them half a minute later, in the middle of a long save. torchrun
-    itself is ended when the request is repeated, when there are no ranks yet, or when `overtaken` says that the job goes on
-    or ends without this launch while its ranks have not begun.
+    itself is ended when the request is repeated, or when it has no ranks: either on a request, or when `overtaken` says that the
+    job goes on or ends without this launch. Ranks that have `begun` and ended are another matter than ranks yet to come: then
+    torchrun is about to say how they ended, a little later, perhaps, than on the host that has noted the end of the job.
     """
     process = subprocess.Popen(command, start_new_session=True)  # so that a Ctrl-C comes to this process alone
     told: set[int] = set()
     ended = False
-    look = time.monotonic() + LOOK_AROUND
+    look = time.monotonic()
+    empty: float | None = None  # since when it has been seen without ranks
     try:
         while process.poll() is None:
-            if requests.first is not None:
+            now = time.monotonic()
+            if requests.first is not None or now >= look:
+                look = now + LOOK_AROUND
                 ranks = _children(process.pid)
-                for pid in ranks - told:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, requests.for_ranks)
-                told |= ranks
-                if not ended and (requests.insistent or not told):
-                    process.terminate()
-                    ended = True
-            elif not ended and time.monotonic() >= look:
-                look = time.monotonic() + LOOK_AROUND
-                if not _children(process.pid) and overtaken():
+                empty = None if ranks else empty or now
+                idle = empty is not None and (not begun() or now - empty > LAST_WORDS)
+                if requests.first is not None:
+                    for pid in ranks - told:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, requests.for_ranks)
+                    told |= ranks
+                    end = requests.insistent or (idle and not told)
+                else:
+                    end = idle and overtaken()
+                if end and not ended:
                     process.terminate()
                     ended = True
             time.sleep(POLL)

@@ -134,9 +134,13 @@ def read(folder: Path, launcher: int, run: Path, started: float) -> Outcome:
             seen[end.rank] = end
     # A rank that wrote and is not among the failures had not ended when torchrun was killed, or was replaced in time.
     ranks = {rank: _joined(end, written.get(rank)) for rank, end in (seen or (written if launcher else {})).items()}
-    processes = len([place for place in folder.glob("*/attempt_*/*") if place.is_dir()])
     ends = tuple(ranks[rank] for rank in sorted(ranks))
-    return Outcome(ends, launcher, processes, at_fault(ends, run, started), str(report.get("trouble", "")))
+    return Outcome(ends, launcher, begun(folder), at_fault(ends, run, started), str(report.get("trouble", "")))
+
+
+def begun(folder: Path) -> int:
+    """The number of ranks that torchrun has started, by its log folder."""
+    return len([place for place in folder.glob("*/attempt_*/*") if place.is_dir()])
 
 
 def at_fault(ends: Sequence[RankEnd], run: Path, started: float) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from launch import agent, blame, fitness
 from launch.journal import Journal, Record
-from launch.outcome import REPORT, Outcome, read
+from launch.outcome import REPORT, Outcome, begun, read
 from launch.policy import Decision, Policy, decide
 from pretrain import exit as codes
 
@@ -109,7 +109,9 @@ class Supervisor:
         try:
             shutil.rmtree(self.logs, ignore_errors=True)
             self.logs.mkdir(parents=True, exist_ok=True)
-            code = agent.run(self._command(), self.requests, lambda: self._others() is not None)
+            code = agent.run(
+                self._command(), self.requests, lambda: self._others() is not None, lambda: begun(self.logs) > 0
+            )
             return read(self.logs, code, self.run, started)
         except OSError as error:  # of a file server, say, that is away for a while
             return Outcome((), 1, 0, trouble=f"could not start torchrun: {error}")

@@ -19,13 +19,14 @@ from tests.ranks import QUIET, ROOT
 HERE = Path(__file__).parent
 # `real` keeps torchrun; otherwise tests/launch/torchrun.py stands in.
 START = f"""
-import signal, sys
+import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 from pathlib import Path
-import launch.outcome, launch.supervisor
+import launch.agent, launch.outcome, launch.supervisor
 if sys.argv.pop(1) != "real":
     launch.supervisor.TORCHRUN = Path({str(HERE / "torchrun.py")!r})
 launch.supervisor.SETTLE, launch.outcome.SUMMARY_WAIT = 1.0, 0.2
+launch.agent.LAST_WORDS = float(os.environ.get("LAST_WORDS", launch.agent.LAST_WORDS))
 from launch.supervise import main
 sys.exit(main())
 """

@@ -297,6 +297,40 @@ def test_hosts_that_do_not_meet_learn_that_the_job_is_over(tmp_path: Path) -> No
     assert journal(tmp_path, "after")[0]["why"] == "n0: finished"
 
 
+def test_a_host_whose_ranks_have_finished_says_so_itself(tmp_path: Path) -> None:
+    """Its torchrun takes longer to end than another host's, which notes the end of the job before it."""
+    (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
+    nodes = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
+    with running(begin(tmp_path, *nodes, "--host", "n1", environment={"ENDS_SLOWLY": "6"})) as slow:
+        until(lambda: notes(tmp_path), slow)
+        assert supervise(tmp_path, [{}], *nodes, "--host", "n0")[0] == 0
+        assert slow.poll() is None and slow.wait(30) == 0
+    said = [(end["host"], end["code"], end["decision"], end["why"]) for end in journal(tmp_path, "end")]
+    assert said == [("n0", 0, "stop", "finished"), ("n1", 0, "stop", "finished")]
+    assert journal(tmp_path, "after") == []
+
+
+def test_a_signal_after_the_ranks_have_finished(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
+    with running(begin(tmp_path, environment={"ENDS_SLOWLY": "3"})) as process:
+        until(lambda: notes(tmp_path), process)
+        until(lambda: len(family(process.pid)) == 1, process)  # torchrun alone
+        process.terminate()
+        assert process.wait(30) == 0
+    assert journal(tmp_path, "end")[0]["why"] == "finished"
+
+
+def test_a_torchrun_that_never_ends_is_ended_once_the_job_is_over(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
+    nodes = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
+    environment = {"ENDS_SLOWLY": "100", "LAST_WORDS": "1"}
+    with running(begin(tmp_path, *nodes, "--host", "n1", environment=environment)) as stuck:
+        until(lambda: notes(tmp_path), stuck)
+        assert supervise(tmp_path, [{}], *nodes, "--host", "n0")[0] == 0
+        assert stuck.wait(30) == 0
+    assert journal(tmp_path, "after")[0]["why"] == "n0: finished"
+
+
 # ---------------------------------------------------------------------------------------------------------------- command line
 
 
