@@ -97,6 +97,10 @@ class CutSequence:
         k, v = torch.cat(seen, dim=1).split((k.shape[-1], v.shape[-1]), dim=-1)
         return attention(q, k, v, scale=scale, window=window, cu_seqlens=self.cu_seqlens, cu_seqlens_k=cu_seqlens_k)
 
+    def extend(self, x: Tensor, cache: Cache, name: str) -> Tensor:
+        _refuse(cache)
+        return x
+
     def _needed(self, window: int | None) -> Keys:
         if window not in self._keys:
             first, lengths = [], []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pretrain.model.cache import DecoderCache
+from pretrain.model.cache import BY_TOKEN, DecoderCache
 from pretrain.model.decoder import Decoder
 from pretrain.model.sequence import Cache, SequenceContext
 
@@ -34,12 +34,12 @@ def objection(model: Decoder) -> str | None:
 
 @dataclass
 class FixedSequence(SequenceContext):
-    """One token a row. position: int64 [1], of this token. room: tokens that fit. keys: each layer's buffers, by its cache."""
+    """One token a row. position: int64 [1], of this token. room: tokens that fit. held: buffers, by a layer's cache and name."""
 
     position: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     room: int = 0
     seen: int = 0
-    keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    held: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def attend(
         self,
@@ -51,27 +51,33 @@ class FixedSequence(SequenceContext):
         window: int | None = None,
         cache: Cache = None,
     ) -> Tensor:
-        """As SequenceContext.attend for T = 1. The scores of what is not there yet are masked."""
-        assert cache is not None and k.shape[1] == 1
+        """As SequenceContext.attend for T = 1. The scores of what is not there yet are masked.
+
+        Without a cache, k and v are what `extend` has returned.
+        """
         slots = self.room if window is None else min(window, self.room)
-        if id(cache) not in self.keys:
-            cache["k"], cache["v"] = (_with_room(cache[name], slots, self.seen) for name in ("k", "v"))
-            self.keys[id(cache)] = (cache["k"], cache["v"])
-        keys, values = self.keys[id(cache)]
-        slot = self.position % slots
-        keys.index_copy_(1, slot, k)
-        values.index_copy_(1, slot, v)
+        if cache is not None:
+            k, v = self._write(k, cache, "k", slots), self._write(v, cache, "v", slots)
         visible = torch.arange(slots, device=q.device) <= self.position  # all of a ring that has come round
-        copies = q.shape[2] // k.shape[2]
+        # The heads that share keys as rows of one query: nothing is copied for them.
+        grouped = q[:, 0].unflatten(1, (k.shape[2], -1))
         with torch.autocast(q.device.type, enabled=False):
             o = scaled_dot_product_attention(
-                q.transpose(1, 2),
-                keys.transpose(1, 2).repeat_interleave(copies, dim=1),
-                values.transpose(1, 2).repeat_interleave(copies, dim=1),
-                attn_mask=visible[None, None, None],
-                scale=scale,
+                grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible[None, None, None], scale=scale
             )
-        return o.transpose(1, 2)
+        return o.flatten(1, 2)[:, None]
+
+    def extend(self, x: Tensor, cache: Cache, name: str) -> Tensor:
+        """All of the buffer [B, room, ...], of which the places after this token hold nothing yet; for `attend`."""
+        assert cache is not None
+        return self._write(x, cache, name, self.room)
+
+    def _write(self, x: Tensor, cache: dict[str, Any], name: str, slots: int) -> Tensor:
+        """Puts x [B, 1, ...] in its place in the layer's buffer [B, slots, ...], which it returns."""
+        key = (id(cache), name)
+        if key not in self.held:
+            cache[name] = self.held[key] = _with_room(cache[name], slots, self.seen)
+        return self.held[key].index_copy_(1, self.position % slots, x)
 
 
 def _with_room(held: Tensor, slots: int, seen: int) -> Tensor:
@@ -98,14 +104,14 @@ class FixedDecoding:
         self.room, self.seen = cache.length + tokens, cache.length
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.position = torch.tensor([cache.length], device=device)
-        self.keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self.held: dict[tuple[int, str], Tensor] = {}
         self.logits: Tensor | None = None
         self.graph: Any = None
         self.steps = 0
         self.buffers: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         for layer in cache.layers:
             for part in (layer.mixer, layer.ffn):
-                own = {name: value.clone() for name, value in part.items() if name not in ("k", "v")}
+                own = {name: value.clone() for name, value in part.items() if name not in BY_TOKEN}
                 part.update(own)
                 self.buffers.append((part, own))
 
@@ -157,5 +163,5 @@ class FixedDecoding:
 
     def _sequence(self, tokens: Tensor, cu_seqlens: Tensor | None, offset: int = 0) -> SequenceContext:
         return FixedSequence(
-            self.position.expand(tokens.shape), position=self.position, room=self.room, seen=self.seen, keys=self.keys
+            self.position.expand(tokens.shape), position=self.position, room=self.room, seen=self.seen, held=self.held
         )

@@ -92,6 +92,13 @@ class SequenceContext:
             k, v = _remember(cache, k, v, None if self.cu_seqlens is not None else window)
         return attention(q, k, v, scale=scale, window=window, cu_seqlens=self.cu_seqlens)
 
+    def extend(self, x: Tensor, cache: Cache, name: str) -> Tensor:
+        """x [B, T, ...] with what cache[name] holds of the tokens before it, [B, S, ...]; remembered there. name: of BY_TOKEN."""
+        if cache is None:
+            return x
+        cache[name] = torch.cat((cache[name], x), dim=1) if name in cache else x
+        return cache[name]
+
     @opaque
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = "silu", cache: Cache = None

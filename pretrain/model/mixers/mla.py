@@ -49,8 +49,6 @@ class MLAConfig(MixerConfig):
 
 
 class MLA(Mixer):
-    fixed_memory = False
-
     def __init__(self, width: int, config: MLAConfig):
         super().__init__()
         require(
@@ -81,11 +79,7 @@ class MLA(Mixer):
         if self.rope:
             cos, sin = sequence.rotary(self.shared_dim, self.rope_theta)
             shared, p = apply_rotary(shared, cos, sin), apply_rotary(p[:, :, None], cos, sin)[:, :, 0]
-        memory = torch.cat((latent, p), dim=-1)
-        if cache is not None:
-            if "latent" in cache:
-                memory = torch.cat((cache["latent"], memory), dim=1)
-            cache["latent"] = memory
+        memory = sequence.extend(torch.cat((latent, p), dim=-1), cache, "latent")
         o = (self._absorbed if self._absorbing(x.shape[1], memory.shape[1]) else self._expanded)(
             q, shared, memory, sequence
         )

@@ -32,8 +32,8 @@ def both(model: Decoder, prompt: int, steps: int, rows: int = 2) -> tuple[torch.
 
 def test_nearly_all_families_can() -> None:
     assert {name for name in FAMILIES if name not in CAN} == {
-        "mixer mla", "mixer smha", "mixer smha_threshold", "ffn union_of_experts", "ffn union_threshold",
-        "Kimi-Linear", "Union of Experts",
+        "mixer smha", "mixer smha_threshold", "ffn union_of_experts", "ffn union_threshold",
+        "Union of Experts",
     }  # fmt: skip
 
 
@@ -48,8 +48,7 @@ def test_a_window_goes_round(prompt: int) -> None:
     """A window of 5 keys, prompts shorter and longer than it, and tokens enough to overwrite all of it twice."""
     grown, fixed, decoding = both(decoder(layers=["window + swiglu", "gdn + moe"]), prompt, steps=12)
     assert (grown - fixed).abs().max() < 1e-5
-    keys, _ = decoding.keys[id(decoding.cache.layers[0].mixer)]
-    assert keys.shape[1] == 5
+    assert decoding.held[id(decoding.cache.layers[0].mixer), "k"].shape[1] == 5
 
 
 def test_memory_stays_where_it_is() -> None:
@@ -79,8 +78,8 @@ def test_generation_writes_the_same_tokens() -> None:
 
 
 def test_who_cannot_is_told_why() -> None:
-    with pytest.raises(ValueError, match="no generation in fixed buffers: MLA remembers more"):
-        generate(build("mixer mla"), [1, 2], tokens=3, fixed=True)
+    with pytest.raises(ValueError, match="no generation in fixed buffers: SelectiveAttention remembers more"):
+        generate(build("mixer smha"), [1, 2], tokens=3, fixed=True)
 
 
 @pytest.mark.gpu
