@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.compilation import Programs, apply_compile
 from parallel.context import apply_context, shard
 from parallel.expert import apply_experts, share_loads, transport
 from parallel.gradients import GradientRule
@@ -85,7 +86,14 @@ class Trained(NamedTuple):
 
 
 def trained(
-    rank: int, world: int, ffn: str, sizes: dict[str, Any], steps: int = 2, recompute: bool = False, fault: str = ""
+    rank: int,
+    world: int,
+    ffn: str,
+    sizes: dict[str, Any],
+    steps: int = 2,
+    recompute: bool = False,
+    fault: str = "",
+    compiled: bool = False,
 ) -> Trained:
     """Steps of plain gradient descent. sizes: of the mesh. fault: something to get wrong on purpose."""
     job = Processes(rank, world, rank, torch.device("cpu"))
@@ -96,6 +104,8 @@ def trained(
     apply_context(model, mesh)
     if fault != "local loads":
         share_loads(model, mesh)
+    if compiled:
+        apply_compile(model.blocks, "aot_eager")
     apply_recompute(model.blocks, "full" if recompute else "none")
     rule, table = GradientRule(model, mesh), cuts(model)
     balance = Balance(None if fault == "local biases" else mesh)
@@ -128,6 +138,7 @@ def trained(
                 if parameter.grad is not None:
                     parameter -= 0.5 * parameter.grad
                     parameter.grad = None
+    assert not compiled or Programs.so_far().graphs > 0
     parameters = {name: _whole(p, table.get(name, ()), name) for name, p in model.named_parameters()}
     biases = {
         name: buffer.clone()

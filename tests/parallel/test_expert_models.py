@@ -81,6 +81,25 @@ def test_recomputing_activations_changes_nothing() -> None:
     assert_same(run("top2", 2, {"ep": 2}, True), "top2")
 
 
+@pytest.mark.parametrize(
+    ("ffn", "world", "sizes"),
+    [
+        ("top2", 2, {"ep": 2}),
+        *(
+            pytest.param(*each, marks=pytest.mark.campaign)
+            for each in (
+                ("zaya2", 2, {"ep": 2}),
+                ("union", 2, {"ep": 2}),
+                ("top2", 2, {"tp": 2, "ep": 2}),
+                ("top2", 2, {"cp": 2, "ep": 2}),
+            )
+        ),
+    ],
+)
+def test_compiled_blocks_take_the_same_steps(ffn: str, world: int, sizes: dict[str, Any]) -> None:
+    assert_same(run(ffn, world, sizes, True, "", True), ffn)
+
+
 @pytest.mark.parametrize("fault", ["scaled", "local loads", "local biases"])
 def test_faults_are_seen(fault: str) -> None:
     """Gradients of experts times ep; balancing losses, and balancing itself, by the loads of one rank."""
