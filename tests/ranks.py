@@ -33,8 +33,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = (
@@ -135,7 +138,8 @@ def run_ranks(
         if not template.poll(timeout + leave + PATIENCE):
             for modules in [modules for modules, other in _templates.items() if other is template]:
                 del _templates[modules]
-            template.close()  # it ends with that, and its ranks with it
+            template.close()
+            _processes.pop(template).kill()  # its ranks end with it; left alone, it would be waited for at exit
             raise RanksFailed(
                 f"no answer from the process that forks the ranks, {PATIENCE} s after they should be gone"
             )
@@ -175,13 +179,20 @@ def launch(
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        ranks = psutil.Process(process.pid).children(recursive=True)  # in sessions of their own; they hold the pipes
         process.terminate()  # torchrun ends its workers, which may have sessions of their own, when asked politely
         try:
             out, err = process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()  # psutil knows a pid that was given to another process
+            try:
+                out, err = process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:  # somebody whose parent was gone before still holds the pipes
+                out, err = "", ""
         raise subprocess.TimeoutExpired(command, timeout, out, err) from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -196,6 +207,7 @@ def free_port() -> int:
 # ------------------------------------------------------------------------------------------ the template process
 
 _templates: dict[tuple[str, ...], Connection] = {}
+_processes: dict[Connection, BaseProcess] = {}
 
 
 def _template(preload: tuple[str, ...]) -> Connection:
@@ -215,6 +227,7 @@ def _template(preload: tuple[str, ...]) -> Connection:
                 if value is None:
                     os.environ.pop(key, None)
         theirs.close()
+        _processes[ours] = process
         _templates[preload] = ours
         # multiprocessing joins its children at exit; closing our end first is what lets this one leave.
         atexit.register(ours.close)

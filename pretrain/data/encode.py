@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -162,10 +161,10 @@ def make_unit(
     return UnitRecord(key=unit.key, **content)
 
 
-_made: tuple[Work, Tokenizer, Event] | None = None
+_made: tuple[Work, Tokenizer, Any] | None = None
 
 
-def _start(work: Work, tokenizer: Path, stop: Event) -> None:
+def _start(work: Work, tokenizer: Path, stop: Any) -> None:
     global _made
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _made = work, Tokenizer(tokenizer), stop
@@ -189,7 +188,7 @@ def _run(unit: Unit) -> UnitRecord:
     work, tokenizer, stop = _made
 
     def check() -> None:
-        if stop.is_set():
+        if stop.value:
             raise _Stopped
 
     return make_unit(unit, work, tokenizer, check)
@@ -212,7 +211,8 @@ def make_all(
         return
     # Spawned, not forked: the parent has threads.
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    # A byte of shared memory: an Event has a lock, which a worker that is killed while it asks would keep for ever.
+    stop = context.RawValue("b", 0)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(work, tokenizer, stop))
     waiting: dict[Future[UnitRecord], Unit] = {}
     ahead = iter(units)
@@ -233,5 +233,5 @@ def make_all(
             "are finished"
         ) from None
     finally:
-        stop.set()
+        stop.value = 1
         pool.shutdown(wait=True, cancel_futures=True)

@@ -7,26 +7,26 @@ reference's callback. So the request is also noted, and long loops ask.
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_requested = threading.Event()
+_requested = False  # no Event: a second signal within its set() would wait for the lock that the first one's holds
 _holding = False
 
 
 @contextmanager
 def noted() -> Iterator[None]:
     """Within it both signals raise KeyboardInterrupt in the main thread, and `check` does so from then on."""
-    _requested.clear()
+    global _requested
+    _requested = False
     before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _requested.clear()
+        _requested = False
 
 
 @contextmanager
@@ -48,11 +48,12 @@ def held() -> Iterator[None]:
 
 def check() -> None:
     """Raises KeyboardInterrupt if one was requested and got lost."""
-    if _requested.is_set():
+    if _requested:
         raise KeyboardInterrupt
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    _requested.set()
+    global _requested
+    _requested = True
     if not _holding:
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 
 from parallel.mesh import AXES, Mesh, MeshConfig
@@ -110,16 +111,18 @@ def hybrid_shard(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, lis
 
 
 def patience(rank: int, world: int) -> float:
-    """Seconds that a group waits in a job that waits 7 s."""
-    ours = Mesh(MeshConfig(tp=2), Processes(rank, world, rank, CPU, timedelta(seconds=7)))
+    """Seconds that a group waits in a job that waits 77 s."""
+    ours = Mesh(MeshConfig(tp=2), Processes(rank, world, rank, CPU, timedelta(seconds=77)))
     group = ours.group("tp")
     assert group is not None
     return float(group._get_backend(CPU).options._timeout.total_seconds())
 
 
 def hung(rank: int, world: int) -> str:
-    """What a rank is told whose neighbour in its tp group never comes; the job waits one second."""
-    ours = Mesh(MeshConfig(tp=2), Processes(rank, world, rank, CPU, timedelta(seconds=1)))
+    """What a rank is told whose neighbour in its tp group never comes; their group waits one second."""
+    ours = Mesh(MeshConfig(tp=2), Processes(rank, world, rank, CPU, timedelta(seconds=60)))
+    if (group := ours.group("tp")) is not None:  # all four may take their time to form it
+        _set_pg_timeout(timedelta(seconds=1), group)
     said = ""
     if ours.rank("tp") == 0:
         try:

@@ -292,11 +292,11 @@ def test_fsdp_replicates_and_shards_on_our_mesh() -> None:
 
 
 def test_groups_wait_as_long_as_the_job_does() -> None:
-    assert run_ranks(mesh_ranks.patience, 4) == [7.0] * 4
+    assert run_ranks(mesh_ranks.patience, 4) == [77.0] * 4
 
 
 def test_a_hung_collective_of_a_part_of_the_ranks_ends() -> None:
-    first, _, third, _ = run_ranks(mesh_ranks.hung, 4, timeout=30)
+    first, _, third, _ = run_ranks(mesh_ranks.hung, 4, timeout=60)
     for said in (first, third):
         assert "1000ms" in said, said
 

@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import signal
+import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def told_to_stop(rank: int, world: int, path: str, *arguments: str) -> tuple[Ans
 
 
 def slow_rank(rank: int, world: int, seconds: float) -> list[float]:
-    """Times of a barrier that rank 1 joins late."""
+    """Microseconds of a barrier that rank 1 joins late: the mean of three, and what all took."""
     processes = join("cpu")
     (team,) = teams([Shape("world", world)], rank, world, False, processes.timeout)
     real = dist.barrier
@@ -111,8 +113,9 @@ def slow_rank(rank: int, world: int, seconds: float) -> list[float]:
     dist.barrier = late
     with Stop() as stop:
         bench = Bench(Control(processes, stop), Plan(warmup=1, iterations=3), Launch(), "gloo")
+        began = time.perf_counter()
         (row,) = bench.rows(Task(team, OPERATIONS["barrier"], "fp32", (False,), ()))
-    return [row.min, row.microseconds]
+    return [row.microseconds, (time.perf_counter() - began) * 1e6]
 
 
 def slow_messages(rank: int, world: int, seconds: float) -> list[float]:
@@ -133,10 +136,10 @@ def slow_messages(rank: int, world: int, seconds: float) -> list[float]:
 
 
 def same_iterations(rank: int, world: int, size: int, count: int) -> dict[str, Any]:
-    """Microseconds of one all_reduce by the bench's clock and by a bare loop's, of the very same iterations; and what the clock
-    adds to an iteration of nothing.
+    """Microseconds by which the bench's clock and a bare loop's differ, of the very same all_reduces on this rank; the mean of
+    one; and what the clock adds to an iteration of nothing.
     """
-    processes: Processes = join("cpu")
+    join("cpu")
     x = torch.ones(size // 4)
     around: list[float] = []
 
@@ -144,18 +147,17 @@ def same_iterations(rank: int, world: int, size: int, count: int) -> dict[str, A
         dist.all_reduce(x)
         around.append(time.perf_counter())
 
-    with Stop() as stop:
-        control = Control(processes, stop)
+    with Stop():
         host_clock(call)(3)
         dist.barrier()
-        ends = control.maxima(host_clock(call)(count + 1))
-        bare = (
-            (around[-1] - around[-1 - count]) / count * 1e6
-        )  # from the end of the first, which brings ranks into step
-        ours = sum(increments(ends)[1:]) / count
+        ends = host_clock(call)(count + 1)  # the first one brings ranks into step
+        ours = increments(ends)[1:]
+        bare = [1e6 * (end - start) for start, end in pairwise(around[-1 - count :])]
         nothing = host_clock(lambda: None)
         added = min(nothing(1000)[-1] / 1000 for _ in range(20))
-        return {"ours": ours, "bare": control.maxima([bare])[0], "added": added}
+        # The median: where the process is stopped between the two looks at the clock, one iteration differs, and the next.
+        apart = statistics.median(abs(one - other) for one, other in zip(ours, bare, strict=True))
+        return {"apart": apart, "bare": statistics.fmean(bare), "added": added}
 
 
 def against_bare(rank: int, world: int, sizes: list[int], seconds: float) -> list[dict[str, Any]]:

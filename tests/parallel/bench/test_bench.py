@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,9 @@ def test_without_a_check_nothing_is_claimed(tmp_path: Path) -> None:
 
 
 def test_the_time_is_that_of_the_last_rank() -> None:
-    # 200 ms, give or take what a busy machine adds to one iteration and so takes from the next.
-    for _, mean in run_ranks(bench_ranks.slow_rank, 2, 0.2):
-        assert 150_000 <= mean < 500_000
+    # 200 ms, and what a busy machine adds.
+    for mean, all_took in run_ranks(bench_ranks.slow_rank, 2, 0.2):
+        assert 200_000 <= mean <= all_took / 3
 
 
 def test_the_time_of_a_pair_is_that_of_one_way() -> None:
@@ -257,11 +258,14 @@ def test_ctrl_c_of_the_real_command(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     lines = []
+    end = threading.Timer(120, process.kill)  # or a job that says nothing would be read for ever
+    end.start()
     for line in process.stdout:
         lines.append(line)
         if line.split()[:1] == ["2048"]:
             process.send_signal(signal.SIGINT)
             break
+    end.cancel()
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "# stopped by SIGINT: these are the results so far" in "".join(lines) + out, err
@@ -276,9 +280,9 @@ def test_ctrl_c_of_the_real_command(tmp_path: Path) -> None:
 def test_the_clock_says_of_the_same_iterations_what_a_bare_loop_says(world: int) -> None:
     """Whatever the machine does meanwhile: it does it to both."""
     for size in (64 << 10, 1 << 20):
-        found = run_ranks(bench_ranks.same_iterations, world, size, 200)[0]
-        assert found["ours"] == pytest.approx(found["bare"], rel=0.02)
-        assert 0 < found["added"] < 0.02 * found["bare"]  # microseconds that taking the time costs
+        for found in run_ranks(bench_ranks.same_iterations, world, size, 200):
+            assert found["apart"] < 0.02 * found["bare"]
+            assert 0 < found["added"] < 0.02 * found["bare"]  # microseconds that taking the time costs
 
 
 @pytest.mark.campaign

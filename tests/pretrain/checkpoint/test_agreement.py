@@ -12,12 +12,12 @@ from pretrain.checkpoint.agreement import DISK, Agreement
 from tests.ranks import Died, run_ranks
 
 
-def formed(rank: int, world: int, victim: int | None) -> tuple[str, float]:
+def formed(rank: int, world: int, victim: int | None, patience: float) -> tuple[str, float]:
     """What happened, and the seconds that its later collectives may take."""
     if rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        agreement = Agreement(timeout=timedelta(seconds=3))
+        agreement = Agreement(timeout=timedelta(seconds=patience))
     except RuntimeError as error:
         return str(error), 0.0
     assert agreement.group is not None
@@ -27,10 +27,10 @@ def formed(rank: int, world: int, victim: int | None) -> tuple[str, float]:
 
 def test_a_rank_that_dies_before_it_is_not_waited_for_longer_than_the_job_allows() -> None:
     # torch waits half an hour for every group of which no time is said, whatever the job's own group was given.
-    (text, _), died = run_ranks(formed, 2, 1, may_die=(1,), timeout=60)
+    (text, _), died = run_ranks(formed, 2, 1, 3.0, may_die=(1,), timeout=60)
     assert isinstance(died, Died)
     assert "timed out" in text.lower() or "timeout" in text.lower(), text
 
 
 def test_what_it_decides_later_may_take_as_long_as_a_disk() -> None:
-    assert run_ranks(formed, 2, None) == [("formed", DISK.total_seconds())] * 2
+    assert run_ranks(formed, 2, None, 60.0) == [("formed", DISK.total_seconds())] * 2

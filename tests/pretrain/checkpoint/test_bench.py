@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pretrain.checkpoint import bench
 from pretrain.checkpoint.__main__ import main
 from pretrain.checkpoint.bench import _beyond, ratios
 
@@ -29,7 +32,18 @@ def test_ratios_are_medians_of_pairs() -> None:
     assert found["save ours/plain"] == 1.0 and found["load ours/dcp"] == 2.0
 
 
-def test_steps_beside_a_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_beside_a_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = bench._step
+
+    def step_and_save(*arguments: Any) -> None:  # a busy disk may take longer than any number of steps
+        step(*arguments)
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join(60)
+
+    monkeypatch.setattr(bench, "_step", step_and_save)
     out = tmp_path / "bench.json"
     small = ["--size", "1MiB", "--rounds", "2", "--step-seconds", "0.05"]
     assert main(["bench", "--steps", *small, "--folder", str(tmp_path / "disk"), "--json", str(out)]) == 0

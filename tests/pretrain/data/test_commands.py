@@ -157,6 +157,23 @@ def test_unwritable_place(inputs: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "writing /proc/none/out failed" in capsys.readouterr().err
 
 
+# `python -m pretrain.data`, but for the second half of the units, which its workers never get: all are made in two seconds, and
+# the test's process may stand still for longer.
+HELD = """
+import sys, time
+from pretrain.data import __main__, encode, prepare
+
+def held(units):
+    for number, unit in enumerate(units):
+        while number == len(units) // 2:
+            time.sleep(0.05)
+        yield unit
+
+prepare.make_all = lambda units, *rest: encode.make_all(held(units), *rest)
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
 def start_long_run(tmp_path: Path, model: Path, wait_for: str) -> subprocess.Popen[str]:
     """A prepare of 9 MB, 48 units, on two workers, once `wait_for` is in its folder of units."""
     line = "".join(f"value_{i} = compute(value_{i - 1}, {i * 7919})\n" for i in range(UNIT_BYTES // 50))
@@ -165,7 +182,7 @@ def start_long_run(tmp_path: Path, model: Path, wait_for: str) -> subprocess.Pop
     words = ["prepare", "--input", f"{tmp_path}/big*.txt", "--output", str(tmp_path / "out" / "corpus")]
     words += ["--workers", "2", "--tokenizer", str(model), "--unit-bytes", str(UNIT_BYTES)]
     run = subprocess.Popen(
-        [sys.executable, "-m", "pretrain.data", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0
+        [sys.executable, "-c", HELD, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
