@@ -17,7 +17,7 @@ import psutil
 PR_SET_CHILD_SUBREAPER = 36
 POLL = 0.1  # seconds
 LOOK_AROUND = 2.0  # seconds between two looks at what other hosts have decided
-LAST_WORDS = 20.0  # seconds that a torchrun whose ranks have all ended has to end by itself
+LAST_WORDS = 20.0  # seconds that a torchrun whose ranks have ended has to end by itself, from when nobody waits for it
 KILL_PATIENCE = 30.0  # seconds for the kernel to end what was killed; devices and disks can hold a process
 
 
@@ -79,14 +79,15 @@ def run(
     told: set[int] = set()
     ended = False
     look = time.monotonic()
-    empty: float | None = None  # since when it has been seen without ranks
+    empty: float | None = None  # since when it has had no ranks, while nobody waits for it
     try:
         while process.poll() is None:
             now = time.monotonic()
             if requests.first is not None or now >= look:
                 look = now + LOOK_AROUND
                 ranks = _children(process.pid)
-                empty = None if ranks else empty or now
+                over = requests.first is not None or (not ranks and overtaken())
+                empty = (empty or now) if over and not ranks else None
                 idle = empty is not None and (not begun() or now - empty > LAST_WORDS)
                 if requests.first is not None:
                     for pid in ranks - told:
@@ -95,7 +96,7 @@ def run(
                     told |= ranks
                     end = requests.insistent or (idle and not told)
                 else:
-                    end = idle and overtaken()
+                    end = idle
                 if end and not ended:
                     process.terminate()
                     ended = True

@@ -41,8 +41,9 @@ class Journal:
                 size = os.fstat(descriptor).st_size
                 torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # whoever wrote last was killed half-way
                 os.write(descriptor, (("\n" if torn else "") + line + "\n").encode())
+                place = os.lseek(descriptor, 0, os.SEEK_CUR)  # not the length: another host may have gone on by now
                 os.fsync(descriptor)
-                return os.fstat(descriptor).st_size
+                return place
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -51,19 +52,23 @@ class Journal:
 
     def records(self, since: int = 0) -> list[Record]:
         """Every whole line from the place `since` on; a torn one is passed over."""
+        return self.read(since)[0]
+
+    def read(self, since: int = 0) -> tuple[list[Record], int]:
+        """The same, and the place after them."""
         try:
             with self.path.open("rb") as file:
                 file.seek(since)
                 text = file.read()
         except OSError:
-            return []
+            return [], since
         found: list[Record] = []
         for line in text.splitlines():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict) and "event" in record and "host" in record:
                     found.append(record)
-        return found
+        return found, since + text.rfind(b"\n") + 1
 
 
 def _lock(descriptor: int) -> None:

@@ -25,7 +25,7 @@ from launch.outcome import REPORT, Outcome, begun, read
 from launch.policy import Decision, Policy, decide
 from pretrain import exit as codes
 
-SETTLE = 5.0  # seconds for the other hosts to note how it ended for them
+SETTLE = 60.0  # seconds, at most, for the other hosts to note how it ended for them
 MEETING = 900.0  # seconds in which hosts that do not meet are not counted as crashes: one may be slow to end its ranks
 TORCHRUN = Path(__file__).with_name("elastic.py")
 CHECKPOINT = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
@@ -49,8 +49,7 @@ class Supervisor:
         )  # fmt: skip
         self.restarts = 0  # in a row without a newer checkpoint
         self.met = time.monotonic()  # when ranks last ran here
-        self.since = 0  # the place in the journal after this supervisor's last start
-        self.checking = False  # no start yet since the preflight
+        self.since = 0  # the place in the journal up to which this supervisor has looked around
 
     def supervise(self) -> int:
         """Until the job is over, or over for this host; returns the exit code."""
@@ -79,9 +78,7 @@ class Supervisor:
         before, started = committed(self.run), time.time()
         place = self._note("start", nodes=f"{self.least}:{self.most}", processes=self.options.nproc_per_node, pid=os.getpid(),
                    newest=newest(before))  # fmt: skip
-        # A host that found itself unfit may have noted so since this one began to check itself.
-        self.since = self.since if place is None or self.checking else place
-        self.checking = False
+        self.since = self.since or place or 0
         outcome = self._launch(started)
         after = committed(self.run)
         if after - before:
@@ -99,7 +96,7 @@ class Supervisor:
                 self.met = time.monotonic()
             self._pause(decision.wait)
         elif decision.code == codes.NUMERICAL and self.most > 1:
-            self._pause(SETTLE)
+            self._settle()
         final = self._look_around(decision, started)
         if final != decision:
             self._note("after", **self._told(final, settled=True))
@@ -171,7 +168,7 @@ class Supervisor:
             return None
         began = time.time()
         place = self._note("preflight", pid=os.getpid())
-        self.since, self.checking = place or self.since, place is not None
+        self.since = place or self.since  # another host may note that it is unfit while this one checks itself
         why = fitness.unfit(self.run, self.logs.parent / f"{self.options.host}.preflight.json", self.requests)
         if self.requests.first is not None:
             decision = Decision("stop", codes.PREEMPTED, f"stopped by {self.requests.name} before the first start")
@@ -189,11 +186,12 @@ class Supervisor:
         """The decision, after what the other hosts have noted meanwhile."""
         if decision.action == "restart" and self.requests.first is not None:
             return Decision("stop", codes.PREEMPTED, f"stopped by {self.requests.name} between two starts")
-        records = self.journal.records()
+        records, seen = self.journal.read()
         excluded = self._excluded(records)
         here = self.options.host
         if decision.action == "restart":
             other = self._others()
+            self.since = max(self.since, seen)
             if other is not None:
                 return Decision("stop", other["code"], f"{other['host']}: {other['why']}")
             bad = {record["host"] for record in records if record.get("job") == self.job} & set(excluded)
@@ -211,7 +209,7 @@ class Supervisor:
         return decision
 
     def _others(self) -> Record | None:
-        """What another host of this job has noted, since this one's last start, to be the end of the whole job."""
+        """What another host of this job has noted, since this one last looked around, to be the end of the whole job."""
         for record in self.journal.records(self.since):
             ours = record.get("job") == self.job and record.get("supervisor") != self.name
             over = record.get("decision") == "stop" and record.get("scope") == "job"
@@ -255,6 +253,26 @@ class Supervisor:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.requests.first is None:
             time.sleep(min(agent.POLL, seconds))
+
+    def _settle(self) -> None:
+        """Waits until the hosts that were under way when this one noted its end have noted theirs."""
+        end = time.monotonic() + SETTLE
+        while self._under_way() and time.monotonic() < end and self.requests.first is None:
+            time.sleep(agent.POLL)
+
+    def _under_way(self) -> set[str]:
+        """Hosts that had begun when this one noted its end, and have not noted theirs."""
+        records = [record for record in self.journal.records() if record.get("job") == self.job]
+        mine = [
+            n for n, record in enumerate(records) if (record["event"], record.get("supervisor")) == ("end", self.name)
+        ]
+        hosts: set[str] = set()
+        for n, record in enumerate(records):
+            if record["event"] == "start" and mine and n < mine[-1]:
+                hosts.add(record["host"])
+            elif record["event"] == "end":
+                hosts.discard(record["host"])
+        return hosts
 
     def _step(self, outcome: Outcome) -> int | None:
         """The step that the run has come to: what the ranks said that failed, or else the newest in metrics.jsonl."""

@@ -22,6 +22,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import socket
 import subprocess
@@ -198,10 +199,14 @@ def launch(
 
 
 def free_port() -> int:
-    """A TCP port that was free on 127.0.0.1 a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of 127.0.0.1 that is free, and that the kernel gives to nobody by itself: it lies below those it deals out."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(1000):
+        port = secrets.choice(range(max(1024, lowest - 10_000), lowest))
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port found")
 
 
 # ------------------------------------------------------------------------------------------ the template process

@@ -44,19 +44,26 @@ class Stacks:
         """In the training process: from now on it answers."""
         faulthandler.register(ASK, file=self.file, all_threads=True, chain=False)
 
-    def ask(self, pid: int, seconds: float = 2.0) -> str:
-        """The stacks of process `pid` as faulthandler writes them, "" if it does not answer in time."""
+    def ask(self, pid: int, thread: int = 0, seconds: float = 2.0) -> str:
+        """The stacks of process `pid` as faulthandler writes them, "" if it does not answer in time.
+
+        thread: whose stack must be among them; the process may be interrupted while it writes.
+        """
         begin = os.fstat(self.file).st_size
         try:
             os.kill(pid, ASK)
         except ProcessLookupError:
             return ""
         deadline, size, since = time.monotonic() + seconds, begin, time.monotonic()
-        while time.monotonic() < deadline and (size == begin or time.monotonic() - since < QUIET):
+        text = ""
+        while time.monotonic() < deadline:
             time.sleep(0.02)
             if os.fstat(self.file).st_size != size:
                 size, since = os.fstat(self.file).st_size, time.monotonic()
-        return os.pread(self.file, size - begin, begin).decode(errors="replace")
+                text = os.pread(self.file, size - begin, begin).decode(errors="replace")
+            elif text and time.monotonic() - since > QUIET and (not thread or frames(text, thread)):
+                break
+        return text
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ def share(run: Path, attempt: str, mine: Report, stacks: str, world: int, cause:
         return ""
     cause = (folder / CAUSE).read_text() or cause
     text = summary([read(path) for path in found], world, cause, str(folder))
-    (folder / SUMMARY).write_text(text + "\n")
+    temporary = folder / ".summary.partial"  # a supervisor may be waiting for it
+    temporary.write_text(text + "\n")
+    temporary.rename(folder / SUMMARY)
     _prune(folder.parent)
     return text
 

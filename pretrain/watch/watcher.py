@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -42,15 +44,19 @@ class Watcher:
         self.interrupted = 0.0
         self.looked = time.monotonic()
         self.marked = 0.0  # when the run folder was last asked
+        self.asking: threading.Thread | None = None  # it
+        self.called = threading.Event()  # by another rank's watcher
         self.cleared = False
 
     def run(self) -> int:
         while True:
             found = signal.sigtimedwait(SIGNALS, POLL)
+            # Before a look at the child: a signal that came just before its end may be why it ended.
+            at_once = found is not None and found.si_signo in ASKED and self._leave_now(signal.Signals(found.si_signo))
             ended = self._ended()
             if ended is not None:
                 return self._after(ended)
-            if found is not None and found.si_signo in ASKED and self._leave_now(signal.Signals(found.si_signo)):
+            if at_once:
                 return self._preempted()
             if found is not None and found.si_signo == signal.SIGINT and found.si_code != FROM_KERNEL:
                 self.interrupted = time.monotonic()
@@ -181,17 +187,24 @@ class Watcher:
         """Whether another rank's watcher has called a hang in this attempt."""
         if "attempt" not in self.pulse.facts():
             return False
-        found = report.within(MARK, self._folder().is_dir)
-        if found is None:  # the file system does not answer: not every second another thread that waits for it
-            self.marked += 60.0
-        return bool(found)
+        # A file system that does not answer holds one thread, not one for each look; a late answer is taken with the next.
+        if self.asking is None or not self.asking.is_alive():
+            self.asking = threading.Thread(target=self._ask_folder, args=(self._folder(),), daemon=True)
+            self.asking.start()
+        self.asking.join(MARK)
+        return self.called.is_set()
+
+    def _ask_folder(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            if folder.is_dir():
+                self.called.set()
 
     def _hang(self, cause: str, code: int | None = None) -> int:
         """Reports, ends the child, returns 76. code: the child's, where it has ended already."""
         beat, facts = self.pulse.last(), self.pulse.facts()
         settings = facts.get("settings", {})
         state = process.state(self.child) if code is None else ENDED
-        text = self.stacks.ask(self.child) if state not in (ENDED, *process.STOPPED) else ""
+        text = self.stacks.ask(self.child, facts.get("thread", 0)) if state not in (ENDED, *process.STOPPED) else ""
         stack = process.frames(text, facts.get("thread", 0))
         notes = [] if code is None else [str(facts.get("error") or f"exit code {code}")]
         if not text and code is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 AGENT, BLAME, ELASTIC, JOURNAL = "launch/agent.py", "launch/blame.py", "launch/elastic.py", "launch/journal.py"
 OUTCOME, POLICY, SUPERVISOR = "launch/outcome.py", "launch/policy.py", "launch/supervisor.py"
 LOOP, KILLS = "tests/launch/test_supervise.py::", "tests/launch/test_kills.py::"
+AROUND = "tests/launch/test_looking_around.py::"
 POLICIES, BLAMED = "tests/launch/test_policy.py::", "tests/launch/test_blame.py::"
 
 MUTANTS: list[tuple[str, str, str, str, str]] = [
@@ -15,6 +16,31 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
         "supervise: a line follows a torn one without a break",
         JOURNAL, '("\\n" if torn else "") + line', "line",
         "tests/launch/test_journal.py::test_a_torn_line_costs_that_line_only",
+    ),
+    (
+        "supervise: the place after a line is where the file ends later",
+        JOURNAL, "place = os.lseek(descriptor, 0, os.SEEK_CUR)", "os.fsync(descriptor); place = os.fstat(descriptor).st_size",
+        AROUND + "test_the_place_after_a_line_is_before_what_another_host_adds",
+    ),
+    (
+        "supervise: what was noted before a start is past",
+        SUPERVISOR, "self.since = self.since or place or 0", "self.since = place or 0",
+        AROUND + "test_a_stop_noted_between_a_look_around_and_the_next_start_counts",
+    ),
+    (
+        "supervise: nobody waits for the others' notes of a numerical fault",
+        SUPERVISOR, "            self._settle()\n", "            pass\n",
+        LOOP + "test_a_numerical_fault_on_one_host",
+    ),
+    (
+        "supervise: the first to note the end of a job ends the others' torchrun",
+        AGENT, "(not begun() or now - empty > LAST_WORDS)", "True",
+        LOOP + "test_a_host_whose_ranks_have_finished_says_so_itself",
+    ),
+    (
+        "supervise: a torchrun's time to end counts from its ranks' end",
+        AGENT, "empty = (empty or now) if over and not ranks else None", "empty = None if ranks else empty or now",
+        LOOP + "test_a_host_whose_ranks_have_finished_says_so_itself",
     ),
     (
         "supervise: what torchrun ended passes for a preemption",
