@@ -38,6 +38,11 @@ MUTANTS: list[tuple[str, str, str, str, str]] = [
         SIGNALLED + "test_an_error_after_a_signal[2-75]",
     ),
     (
+        "a signal together with the end is lost",
+        WATCHER, "in ASKED and self._leave_now(", 'in ASKED and process.state(self.child) != "ended" and self._leave_now(',
+        SIGNALLED + "test_a_signal_together_with_the_end_is_heard",
+    ),
+    (
         "any error after a signal passes for a preemption",
         SIGNALS, "EVERYWHERE if self.signals.armed else OWN", "OWN",
         SIGNALLED + "test_an_error_after_a_signal[3-1]",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.partition import STEPS
+from tests.faults.partition import CUT, STEPS
 from tests.ranks import ROOT
 
 
@@ -30,9 +30,7 @@ def test_a_pulled_cable_ends_both_ranks_and_the_run_goes_on_after(corpus: Path, 
     found = json.loads(done.stdout.splitlines()[-1])
     assert [code for code, _ in found["first"]] == [76, 76], found["first"]
     said = "\n".join(text for _, text in found["first"])
-    assert f"in phase step, step {found['reached'] + 1}" in said, said
-    assert found["reached"] < STEPS
+    assert f"in phase step, step {CUT + 1}" in said, said
     assert [code for code, _ in found["again"]] == [0, 0], found["again"]
-    resumed = next(line for line in found["again"][0][1].splitlines() if line.startswith("resumed after step"))
-    assert 0 <= found["reached"] - int(resumed.split()[-1]) <= 10
+    assert "\nresumed after step 10\n" in found["again"][0][1]
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == STEPS

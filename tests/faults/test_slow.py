@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -34,13 +35,22 @@ class Memory(Callback):
 
 
 def slow(rank: int, world: int, run: Path, corpus: Path) -> list[int]:
+    """Every save beside training takes until the next one has waited for it for 1.2 s."""
     quiet(run)
-    memory = Memory()
+    memory, waited_for, join = Memory(), threading.Event(), threading.Thread.join
+
+    def joined(self: threading.Thread, timeout: float | None = None) -> None:
+        if self.name == "checkpoint":
+            waited_for.set()
+        join(self, timeout)
 
     def observe(point: str) -> None:
-        if point == "writing":
+        if point == "reserved" and threading.current_thread().name == "checkpoint":
+            waited_for.wait()
+            waited_for.clear()
             time.sleep(1.2)
 
+    threading.Thread.join = joined  # type: ignore[method-assign]
     points.observer = observe
     assert train(configuration(run, corpus, "train.steps=6", "checkpoint.every=1", "checkpoint.keep=10"), [memory]) == 0
     return memory.held

@@ -25,7 +25,7 @@ from pathlib import Path
 import launch.agent, launch.outcome, launch.supervisor
 if sys.argv.pop(1) != "real":
     launch.supervisor.TORCHRUN = Path({str(HERE / "torchrun.py")!r})
-launch.supervisor.SETTLE, launch.outcome.SUMMARY_WAIT = 1.0, 0.2
+launch.outcome.SUMMARY_WAIT = 0.2
 launch.agent.LAST_WORDS = float(os.environ.get("LAST_WORDS", launch.agent.LAST_WORDS))
 from launch.supervise import main
 sys.exit(main())

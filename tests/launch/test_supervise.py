@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.agent import LOOK_AROUND
 from launch.policy import Policy, waiting
 from launch.supervise import main, parse, run_folder
 from tests.launch.supervised import begin, family, gone, journal, notes, running, supervise, until
@@ -93,7 +94,7 @@ def test_preempted_stops_or_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_goes_to_the_ranks_which_save(number: int, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text('[{"*": "wait"}]')
+    (tmp_path / "plan.json").write_text('[{"*": "wait together"}]')
     with running(begin(tmp_path, "--nproc-per-node", "2", "--restart-preempted", "--patience", "30")) as process:
         until(lambda: notes(tmp_path, 0) and notes(tmp_path, 1), process)
         process.send_signal(number)
@@ -109,7 +110,7 @@ def test_a_signal_goes_to_the_ranks_which_save(number: int, tmp_path: Path) -> N
 
 def test_a_second_signal_ends_torchrun(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('[{"*": "stubborn"}]')
-    with running(begin(tmp_path)) as process:
+    with running(begin(tmp_path, environment={"KILLS_AFTER": "1"})) as process:
         until(lambda: notes(tmp_path), process)
         below = family(process.pid)
         process.terminate()
@@ -171,11 +172,12 @@ def test_a_run_folder_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_a_file_server_that_is_away_for_a_while(tmp_path: Path) -> None:
     """The supervisor does not die of what it cannot write; it tries again."""
-    (tmp_path / "plan.json").write_text('[{"*": "exit 1"}, {"*": "exit 0"}]')
+    (tmp_path / "plan.json").write_text('[{"*": "wait"}, {"*": "exit 0"}]')
     with running(begin(tmp_path, "--wait", "1", "--max-wait", "1", "--host", "h", "--max-restarts", "100")) as process:
         until(lambda: notes(tmp_path), process)
         (tmp_path / "supervise").rename(tmp_path / "away")
-        (tmp_path / "supervise").touch()
+        (tmp_path / "supervise").touch(exist_ok=False)
+        os.kill(int(notes(tmp_path)[0].split()[1]), signal.SIGKILL)
         until(lambda: any("could not start torchrun" in end["why"] for end in journal(tmp_path, "end")), process)
         (tmp_path / "supervise").unlink()
         assert process.wait(30) == 0
@@ -209,7 +211,10 @@ def test_the_lease_of_a_training_job_is_seen(tmp_path: Path) -> None:
 
 
 def pair(run: Path, nodes: str, *options: str, plans: dict[str, str]) -> dict[str, subprocess.Popen[str]]:
-    """Two hosts of one job, a rank each; `plans` says what the rank of each host does, launch after launch."""
+    """Two hosts of one job, a rank each; `plans` says what the rank of each host does, launch after launch.
+
+    Hosts wait hardly at all before they start again. Where one must come first, the other's rank waits for its note.
+    """
     run.mkdir(exist_ok=True)
     ranks = {"n0": "0", "n1": "1"}
     longest = max(len(plan.split(" | ")) for plan in plans.values())
@@ -217,7 +222,7 @@ def pair(run: Path, nodes: str, *options: str, plans: dict[str, str]) -> dict[st
     plan = [{rank: steps[min(n, len(steps) - 1)] for rank, steps in columns.items()} for n in range(longest)]
     (run / "plan.json").write_text(json.dumps(plan))
     return {
-        host: begin(run, "--nnodes", nodes, "--rdzv-endpoint", "x:1", "--host", host, "--wait", "2", "--max-wait", "2", *options,
+        host: begin(run, "--nnodes", nodes, "--rdzv-endpoint", "x:1", "--host", host, *options,
                     environment={"FIRST_RANK": rank})
         for host, rank in ranks.items()
     }  # fmt: skip
@@ -233,14 +238,16 @@ def ends(processes: dict[str, subprocess.Popen[str]]) -> dict[str, int]:
 
 
 def test_what_ends_the_job_on_one_host_ends_it_on_all(tmp_path: Path) -> None:
-    codes = ends(pair(tmp_path, "2", plans={"n0": "meet > exit 77 no data", "n1": "meet > exit 1"}))
+    codes = ends(
+        pair(tmp_path, "2", plans={"n0": "meet > exit 77 no data", "n1": "meet > noted n0 end > exit 1 | exit 0"})
+    )
     assert codes == {"n0": 77, "n1": 77}
     assert len(notes(tmp_path, 1)) == 1  # it has not begun again
     assert [record["why"].split(":")[0] for record in journal(tmp_path, "after")] == ["n0"]
 
 
 def test_a_host_that_fails_first_again_and_again_leaves_an_elastic_job(tmp_path: Path) -> None:
-    plans = {"n0": "meet > sleep 0.2 > exit 1 | exit 0", "n1": "meet > kill"}
+    plans = {"n0": "meet > noted n1 end > exit 1 | noted n1 leave > exit 0", "n1": "meet > kill | exit 0"}
     codes = ends(pair(tmp_path, "1:2", "--exclude-after", "1", plans=plans))
     assert codes == {"n0": 0, "n1": 137}
     (left,) = (record for record in journal(tmp_path, "after") if record["host"] == "n1")
@@ -261,7 +268,7 @@ def test_a_host_that_fails_first_again_and_again_leaves_an_elastic_job(tmp_path:
 
 @pytest.mark.parametrize(("slurm", "code"), [(True, 75), (False, 1)])
 def test_a_job_of_so_many_hosts_ends_when_one_is_excluded(slurm: bool, code: int, tmp_path: Path) -> None:
-    plans = {"n0": "meet > sleep 0.2 > exit 1", "n1": "meet > kill"}
+    plans = {"n0": "meet > noted n1 end > exit 1 | exit 0", "n1": "meet > kill | exit 0"}
     options = ["--exclude-after", "1", *(["--slurm"] if slurm else [])]
     assert ends(pair(tmp_path, "2", *options, plans=plans)) == {"n0": code, "n1": code}
     assert (tmp_path / "excluded_hosts").read_text() == "n1\n"
@@ -301,10 +308,13 @@ def test_a_host_whose_ranks_have_finished_says_so_itself(tmp_path: Path) -> None
     """Its torchrun takes longer to end than another host's, which notes the end of the job before it."""
     (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
     nodes = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
-    with running(begin(tmp_path, *nodes, "--host", "n1", environment={"ENDS_SLOWLY": "6"})) as slow:
+    environment = {"ENDS_WITH": str(tmp_path / "end"), "LAST_WORDS": "100"}
+    with running(begin(tmp_path, *nodes, "--host", "n1", environment=environment)) as slow:
         until(lambda: notes(tmp_path), slow)
         assert supervise(tmp_path, [{}], *nodes, "--host", "n0")[0] == 0
-        assert slow.poll() is None and slow.wait(30) == 0
+        time.sleep(LOOK_AROUND + 0.5)  # it sees the note, and leaves its torchrun alone
+        (tmp_path / "end").touch()
+        assert slow.wait(30) == 0
     said = [(end["host"], end["code"], end["decision"], end["why"]) for end in journal(tmp_path, "end")]
     assert said == [("n0", 0, "stop", "finished"), ("n1", 0, "stop", "finished")]
     assert journal(tmp_path, "after") == []
@@ -312,10 +322,13 @@ def test_a_host_whose_ranks_have_finished_says_so_itself(tmp_path: Path) -> None
 
 def test_a_signal_after_the_ranks_have_finished(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
-    with running(begin(tmp_path, environment={"ENDS_SLOWLY": "3"})) as process:
+    environment = {"ENDS_WITH": str(tmp_path / "end"), "LAST_WORDS": "100"}
+    with running(begin(tmp_path, environment=environment)) as process:
         until(lambda: notes(tmp_path), process)
         until(lambda: len(family(process.pid)) == 1, process)  # torchrun alone
         process.terminate()
+        time.sleep(0.5)  # it takes the signal, and leaves its torchrun alone
+        (tmp_path / "end").touch()
         assert process.wait(30) == 0
     assert journal(tmp_path, "end")[0]["why"] == "finished"
 
@@ -323,7 +336,7 @@ def test_a_signal_after_the_ranks_have_finished(tmp_path: Path) -> None:
 def test_a_torchrun_that_never_ends_is_ended_once_the_job_is_over(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
     nodes = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
-    environment = {"ENDS_SLOWLY": "100", "LAST_WORDS": "1"}
+    environment = {"ENDS_WITH": str(tmp_path / "never"), "LAST_WORDS": "1"}
     with running(begin(tmp_path, *nodes, "--host", "n1", environment=environment)) as stuck:
         until(lambda: notes(tmp_path), stuck)
         assert supervise(tmp_path, [{}], *nodes, "--host", "n0")[0] == 0

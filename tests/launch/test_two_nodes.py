@@ -100,8 +100,12 @@ def test_slurm_on_two_nodes_saves_once_before_the_time_limit(
         until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 2, process, 120)
         supervisors = [each for each in family(process.pid) if each.cmdline()[1:3] == ["-m", "launch.supervise"]]
         assert len(supervisors) == 2
+        for each in supervisors:  # or the first could end the job, and with it the second, before that one is told
+            each.suspend()
         for each in supervisors:
             each.send_signal(signal.SIGUSR1)
+        for each in supervisors:
+            each.resume()
         said = process.communicate(timeout=120)[0]
     assert process.returncode == 75, said[-3000:]
     assert "dp 2 = 2 rank(s)" in said and "back into the queue" in said

@@ -4,10 +4,11 @@
 
 FOLDER/plan.json is a list, an entry a launch (the last one holds for all later launches), by rank:
 {"0": "save 2 > exit 75", "*": "wait"}.
-What a rank can do, one after the other: `save N` (a checkpoint of step N appears), `sleep S`, `meet` (all
-ranks have come as far in this launch, also those of other hosts), `kill` (itself), `exit C [message]`
-(with an error file as pretrain/watch writes), `silent C` (without one), `wait` (until SIGTERM or SIGUSR1; then it saves and ends
-with 75), `stubborn` (no signal helps). Every signal and every start is noted in FOLDER/notes, a file a rank.
+What a rank can do, one after the other: `save N` (a checkpoint of step N appears), `meet` (all
+ranks have come as far in this launch, also those of other hosts), `noted HOST WORD` (the journal has that event or decision of
+that host), `kill` (itself), `exit C [message]` (with an error file as pretrain/watch writes), `silent C` (without one), `wait`
+(until SIGTERM or SIGUSR1; then it saves and ends with 75), `wait together` (until both ranks have been asked), `stubborn` (no
+signal helps). Every signal and every start is noted in FOLDER/notes, a file a rank.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 run = Path(sys.argv[1].removeprefix("run="))
@@ -32,9 +34,23 @@ def note(text: str) -> None:
         file.write(text + "\n")
 
 
-def starts(of_rank: int) -> int:
+def noted_by(of_rank: int) -> str:
     file = run / "notes" / str(of_rank)
-    return file.read_text().count("start") if file.exists() else 0
+    return file.read_text() if file.exists() else ""
+
+
+def journal() -> list[dict[str, str]]:
+    whole = (run / "supervise.jsonl").read_text().rpartition("\n")[0]  # the last line may be under way
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def until(true: Callable[[], object]) -> None:
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def noted(host: str, what: str) -> None:
+    until(lambda: any(r["host"] == host and what in (r["event"], r.get("decision")) for r in journal()))
 
 
 def save(step: int) -> None:
@@ -64,20 +80,18 @@ def on_signal(number: int, frame: object) -> None:
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, on_signal)
 host = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[3].name
-records = [json.loads(line) for line in (run / "supervise.jsonl").read_text().splitlines()]
-before = sum(record["event"] == "start" and record["host"] == host for record in records) - 1
-note(f"start {os.getpid()} of {os.environ['WORLD_SIZE']}")
+before = sum(record["event"] == "start" and record["host"] == host for record in journal()) - 1
 plan = json.loads((run / "plan.json").read_text())
 actions = plan[min(before, len(plan) - 1)]
+note(f"start {os.getpid()} of {os.environ['WORLD_SIZE']}")  # from here on, a test may write another plan
 for action in actions.get(str(rank), actions.get("*", "exit 0")).split(" > "):
     word, _, rest = action.partition(" ")
     if word == "save":
         save(int(rest))
-    elif word == "sleep":
-        time.sleep(float(rest))
     elif word == "meet":
-        while any(starts(other) <= before for other in (0, 1)) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: all(noted_by(other).count("start") > before for other in (0, 1)))
+    elif word == "noted":
+        noted(*rest.split())
     elif word == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif word == "exit":
@@ -86,11 +100,11 @@ for action in actions.get(str(rank), actions.get("*", "exit 0")).split(" > "):
     elif word == "silent":
         sys.exit(int(rest))
     elif word == "wait":
-        while not asked and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: asked)
+        if rest == "together":  # a rank that ends has torchrun end the others
+            until(lambda: all("SIG" in noted_by(other) for other in (0, 1)))
         time.sleep(0.2)  # a save takes a while
         save(99)
         leave(75)
     elif word == "stubborn":
-        while time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: False)

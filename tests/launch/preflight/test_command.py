@@ -210,7 +210,10 @@ def test_what_came_before_an_interrupt_is_kept(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_results_and_no_process(number: signal.Signals, tmp_path: Path) -> None:
     """A disk that hangs, and a person who has waited long enough."""
     code = (
-        "import signal, sys; from pathlib import Path; from launch.preflight.__main__ import main\n"
+        "import signal, sys; from pathlib import Path; from launch.preflight import session\n"
+        "from launch.preflight.__main__ import main; real = session.run\n"
+        f"waiting = lambda names: names == ['disk_sync'] and Path({str(tmp_path / 'others_ended')!r}).touch()\n"
+        "session.run = lambda checks, node, _, found: real(checks, node, waiting, found)\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler); signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.exit(main(sys.argv[1:], python={(*SABOTAGE, 'hanging_disk', '--')!r}))"
     )
@@ -220,8 +223,8 @@ def test_an_interrupt_leaves_results_and_no_process(number: signal.Signals, tmp_
         cwd=ROOT, env={**os.environ, **QUIET}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
+        until((tmp_path / "others_ended").exists)
         probe = until(lambda: children(process.pid))
-        until(lambda: "disk.py" in command_of(probe[0]))
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     finally:

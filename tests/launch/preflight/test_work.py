@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -292,7 +293,20 @@ def test_filesystems_that_vanish(kind: str, status: str, tmp_path: Path) -> None
 # --------------------------------------------------------------------------------------------------------------------- commands
 
 
-def test_a_command_that_ignores_the_end_is_killed_with_its_children(tmp_path: Path) -> None:
+def test_a_command_that_ignores_the_end_is_killed_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen
+
+    def with_its_child(*a: Any, **k: Any) -> subprocess.Popen[bytes]:
+        """The limit counts from here on: however slow the shell, there is a child when it is killed."""
+        process = real(*a, **k)
+        while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().endswith("\n"):
+            assert process.poll() is None
+            time.sleep(0.02)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", with_its_child)
     script = f"trap '' TERM INT; (sleep 60 & echo $! > {tmp_path}/child; wait) & wait"
     start = time.monotonic()
     answer = Tools().run(["/bin/sh", "-c", script], 0.5)

@@ -55,6 +55,24 @@ def test_a_limit_is_the_floor_or_a_multiple_of_the_longest_seen() -> None:
         assert limits.limit(SETTINGS) == 3600
 
 
+# Hundredths of a second, recorded on two cores that five processes shared: around an evaluation, with the longest of 200 steps.
+BUSY = (
+    ("step", (15, 29, 21, 11, 20, 8, 12, 14, 23, 15)), ("evaluation", (17, 8)), ("step", (0,)), ("save", (2,)),
+    ("step", (28, 61, 6, 3, 3, 1, 2, 31)),
+)  # fmt: skip
+
+
+def test_steps_on_a_busy_machine_raise_no_alarm() -> None:
+    """At the default factor, with a floor that says nothing."""
+    limits, count = Limits(), 0
+    for phase, durations in BUSY:
+        for hundredths in durations:
+            count += 1
+            for _ in range(1 + hundredths):
+                limits.look(Beat(count, phase, 1, NOTHING), 0.01)
+                assert limits.seconds <= limits.limit(SETTINGS | {"floor": 0.5})
+
+
 def test_time_in_which_the_watcher_was_away_does_not_count() -> None:
     limits = Limits()
     limits.look(Beat(1, "step", 1, NOTHING), 0.2)

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -53,6 +54,7 @@ class Job:
     pids: dict[int, int]
     port: str = ""
     ended: dict[int, int] = field(default_factory=dict)
+    known: Counter[Path] = field(default_factory=Counter)  # notes of signals that `heard` has waited for
 
     def child(self, rank: int) -> int:
         """The training process of a rank."""
@@ -74,9 +76,11 @@ class Job:
             (os.killpg if group else os.kill)(self.pids[rank], number)
 
     def heard(self, number: int, *ranks: int) -> None:
-        """Waits until the watchers of these ranks, or of all, have taken the signal: another of its number would become one
-        with it, however long that lasts on a busy machine."""
-        until(lambda: not any(_pending(self.pids[rank], number) for rank in ranks or self.pids), self.text)
+        """Waits until the watchers of these ranks, or of all, have acted upon one more signal of this number: what the test does
+        next then comes after it, however busy the machine is."""
+        notes = [self.folder / f"heard-{int(number)}-{rank}" for rank in ranks or self.pids]
+        self.known.update(notes)
+        until(lambda: all(note.exists() and note.stat().st_size >= self.known[note] for note in notes), self.text)
 
     def codes(self, timeout: float = WAIT) -> list[int]:
         """The exit codes of the watchers by rank, minus the signal of one that was killed."""
@@ -104,14 +108,6 @@ class Job:
         for pid in self.pids.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-
-
-def _pending(pid: int, number: int) -> bool:
-    """Whether a signal that was sent to a process (not to a thread of it) waits to be taken; a process that is gone has none."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return "Z" not in fields["State"] and bool(int(fields["ShdPnd"], 16) >> (number - 1) & 1)
-    return False
 
 
 def until(true: Any, otherwise: Any = lambda: "", timeout: float = WAIT) -> None:
@@ -202,7 +198,10 @@ def _serve(calls: Connection) -> None:
                     unreported[found[0]] = os.waitstatus_to_exitcode(found[1])
             calls.send(unreported)
         else:
-            calls.send([_fork(request, rank, calls) for rank in request.ranks])
+            pids = [_fork(request, rank, calls) for rank in request.ranks]
+            for pid in pids:
+                unreported.pop(pid, None)  # another job's process of that number, which ended long ago
+            calls.send(pids)
 
 
 def _fork(request: _Request, rank: int, calls: Connection) -> int:
