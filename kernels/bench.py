@@ -26,6 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -34,6 +35,7 @@ from kernels.benching import correctness, report, tune
 from kernels.benching.contenders import FAMILIES, verdicts
 from kernels.benching.measure import BOTH, FORWARD, Measurement, measure
 from kernels.benching.workloads import CPU_SHAPES, GPU_SHAPES, WORKLOADS, Shape, Workload, chosen
+from kernels.common import products
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,11 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no CUDA or ROCm device is visible: use --device cpu, or --explain", file=sys.stderr)
         return 2
     conditions = report.machine(options.device)
-    print(report.describe(conditions), flush=True)
-    if options.check:
-        return _check(options)
-    if options.tune:
-        return _tune(options, conditions)
+    with products.kept():
+        if options.device.type == "cpu" and not (options.check or options.tune):
+            try:
+                conditions["fp32_products"] = products.choose(options.fp32_products)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
+        print(report.describe(conditions), flush=True)
+        if options.check:
+            return _check(options)
+        if options.tune:
+            return _tune(options, conditions)
+        return _time(options, conditions)
+
+
+def _time(options: argparse.Namespace, conditions: dict) -> int:
     measurements: list[Measurement] = []
     for workload in options.workloads:
         for shape in options.shapes:
@@ -110,6 +123,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, help="calls of each contender; default 7 on CPUs, 30 on GPUs")
     add("--budget", type=float, default=30.0, help="seconds a table row group may take after 3 rounds; default 30")
     add("--threads", type=int, help="CPU threads; default torch's own choice")
+    add(
+        "--fp32-products",
+        choices=get_args(products.Library),
+        default="auto",
+        help="library that multiplies fp32 matrices on a CPU, for all contenders; default auto, as our runs have it "
+        "(cpu.fp32_products)",
+    )
     add("--json", type=Path, metavar="FILE", help="write all samples and the conditions to FILE")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--explain", action="store_true", help="say which form serves each request and why not another")

@@ -13,6 +13,7 @@ from kernels import bench, tuning
 from kernels.benching import contenders, correctness, measure, memory, report, timing, tune
 from kernels.benching.timing import Timing
 from kernels.benching.workloads import CPU_SHAPES, GPU_SHAPES, WORKLOADS, Shape, Workload, chosen, leaves
+from kernels.common import products
 
 CPU = torch.device("cpu")
 TINY = Shape(1, 33, 2, 16, 16)
@@ -215,6 +216,25 @@ def test_the_command_line_writes_samples_conditions_and_linearity(tmp_path, caps
         ("B1T64H2D16", "forward+backward"),
     ]
     assert all(len(m["samples"]) == 3 and m["peak_bytes"] > 0 for m in rows)
+
+
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+def test_fp32_products_go_through_the_library_of_our_runs_while_it_times(library, monkeypatch, capsys):
+    before, during = torch.get_float32_matmul_precision(), []
+    monkeypatch.setattr(products, "why_not_onednn", lambda: None)
+    monkeypatch.setattr(products, "_blas_is_narrow", lambda: library == "onednn")  # what auto goes by
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: during.append(products.in_use()) or [])
+    assert bench.main(["rms_norm", "--shapes", "T16H2D16", "--device", "cpu"]) == 0
+    assert bench.main(["rms_norm", "--shapes", "T16H2D16", "--device", "cpu", "--fp32-products", "blas"]) == 0
+    assert during == [library, "blas"] and torch.get_float32_matmul_precision() == before
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"(fp32 products: {library}), " in first
+
+
+def test_fp32_products_that_cannot_be_had_are_bad_usage(monkeypatch, capsys):
+    monkeypatch.setattr(products, "why_not_onednn", lambda: "it is not there")
+    assert bench.main(["rms_norm", "--device", "cpu", "--fp32-products", "onednn"]) == 2
+    assert "it is not there; leave this to auto" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
