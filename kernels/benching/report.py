@@ -41,8 +41,9 @@ def describe(conditions: dict[str, Any]) -> str:
     where = conditions["device"] if conditions["device"] != "cpu" else conditions["processor"]
     load = ", ".join(f"{value:g}" for value in conditions["load"])
     library = f" (fp32 products: {conditions['fp32_products']})" if "fp32_products" in conditions else ""
+    threads = f"{conditions['threads']} threads of {conditions['cores']} cores"
     return (
-        f"{conditions['machine']}: {where}{library}, {conditions['threads']} threads of {conditions['cores']} cores, load {load}; "
+        f"{conditions['machine']}: {where}{library}, {threads}, load {load}; "
         f"torch {conditions['torch']}, triton {conditions['triton']}, commit {conditions['commit']}"
     )
 
