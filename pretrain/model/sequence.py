@@ -96,7 +96,7 @@ class SequenceContext:
         """x [B, T, ...] with what cache[name] holds of the tokens before it, [B, S, ...]; remembered there. name: of BY_TOKEN."""
         if cache is None:
             return x
-        cache[name] = torch.cat((cache[name], x), dim=1) if name in cache else x
+        cache[name] = _after_held(cache, name, x)
         return cache[name]
 
     @opaque
@@ -217,9 +217,13 @@ class SequenceContext:
 
 def _remember(cache: dict[str, Any], k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """Adds k and v [B, T, HKV, K] to the layer's cache; returns all keys and values that these T queries may see."""
-    if "k" in cache:
-        k, v = torch.cat((cache["k"], k), dim=1), torch.cat((cache["v"], v), dim=1)
+    k, v = _after_held(cache, "k", k), _after_held(cache, "v", v)
     # A window never looks back further than window - 1 keys from the next token.
     keep = k.shape[1] if window is None else min(k.shape[1], window - 1)
     cache["k"], cache["v"] = k[:, k.shape[1] - keep :], v[:, v.shape[1] - keep :]
     return k, v
+
+
+def _after_held(cache: dict[str, Any], name: str, x: Tensor) -> Tensor:
+    """x [B, T, ...] after what the cache holds of the tokens before it."""
+    return torch.cat((cache[name], x), dim=1) if name in cache else x

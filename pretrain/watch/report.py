@@ -48,9 +48,8 @@ def share(run: Path, attempt: str, mine: Report, stacks: str, world: int, cause:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError), (folder / CAUSE).open("x") as file:
         file.write(cause)  # the first one's; the others have only been called
-    temporary = folder / f".rank_{mine.rank:05d}.partial"
-    temporary.write_text("".join(f"{key}: {value}\n" for key, value in asdict(mine).items()) + f"\n{stacks}")
-    temporary.rename(folder / f"rank_{mine.rank:05d}.txt")
+    head = "".join(f"{key}: {value}\n" for key, value in asdict(mine).items())
+    _write(folder / f"rank_{mine.rank:05d}.txt", f"{head}\n{stacks}")
     deadline = time.monotonic() + gather
     while len(found := sorted(folder.glob("rank_*.txt"))) < world and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -58,11 +57,16 @@ def share(run: Path, attempt: str, mine: Report, stacks: str, world: int, cause:
         return ""
     cause = (folder / CAUSE).read_text() or cause
     text = summary([read(path) for path in found], world, cause, str(folder))
-    temporary = folder / ".summary.partial"  # a supervisor may be waiting for it
-    temporary.write_text(text + "\n")
-    temporary.rename(folder / SUMMARY)
+    _write(folder / SUMMARY, text + "\n")
     _prune(folder.parent)
     return text
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: other ranks and a supervisor wait for it."""
+    temporary = path.with_name(f".{path.stem}.partial")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 def read(path: Path) -> Report:

@@ -25,28 +25,13 @@ class Nobody:
 
 
 def supervisor(run: Path, host: str) -> Supervisor:
-    options = [
-        "--nnodes",
-        "1:2",
-        "--rdzv-endpoint",
-        "x:1",
-        "--wait",
-        "0.01",
-        "--host",
-        host,
-        "--",
-        "x.py",
-        f"run={run}",
-    ]
+    options = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1", "--wait", "0.01", "--host", host]
+    options += ["--", "x.py", f"run={run}"]
     return Supervisor(parse(options), Nobody())  # type: ignore[arg-type]
 
 
-def note(of: Supervisor, event: str, **more: Any) -> None:
-    of._note(event, **more)
-
-
 def stop(of: Supervisor) -> None:
-    note(of, "end", decision="stop", code=77, scope="job", why="no data")
+    of._note("end", decision="stop", code=77, scope="job", why="no data")
 
 
 def test_a_stop_noted_between_a_look_around_and_the_next_start_counts(
@@ -84,16 +69,16 @@ def test_what_was_noted_before_this_supervisor_began_is_past(tmp_path: Path, mon
 def test_after_a_numerical_fault_it_waits_for_those_that_were_under_way(tmp_path: Path) -> None:
     here, other, idle = (supervisor(tmp_path, f"n{i}") for i in range(3))
     for each in (here, other, idle):
-        note(each, "start")
-    note(idle, "end", decision="restart", code=1)
-    note(here, "end", decision="stop", code=codes.NUMERICAL)
-    note(idle, "start")  # it begins again: of no concern
+        each._note("start")
+    idle._note("end", decision="restart", code=1)
+    here._note("end", decision="stop", code=codes.NUMERICAL)
+    idle._note("start")  # it begins again: of no concern
     assert here._under_way() == {"n1"}
     waiting = threading.Thread(target=here._settle)
     waiting.start()
     time.sleep(3 * agent.POLL)
     assert waiting.is_alive()
-    note(other, "end", decision="stop", code=codes.NUMERICAL)
+    other._note("end", decision="stop", code=codes.NUMERICAL)
     waiting.join(30)
     assert not waiting.is_alive() and here._under_way() == set()
     assert "n0" not in other._under_way()  # whose end came before its own

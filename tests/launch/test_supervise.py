@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -294,27 +296,32 @@ def test_a_numerical_fault_of_nobody_ends_an_elastic_job(tmp_path: Path) -> None
     assert codes == {"n0": 79, "n1": 79} and not (tmp_path / "excluded_hosts").exists()
 
 
-def test_hosts_that_do_not_meet_learn_that_the_job_is_over(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
+@contextlib.contextmanager
+def outlasting(run: Path, begun: Callable[[], object], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """n1, with this in its environment, when n0 has noted the end of their job after n1 had begun. n1 ends with 0, too."""
+    (run / "plan.json").write_text('[{"*": "exit 0"}]')
     nodes = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
-    with running(begin(tmp_path, *nodes, "--host", "n1", environment={"NEVER_MEETS": "1"})) as waits:
-        until(lambda: (tmp_path / "supervise.jsonl").exists() and journal(tmp_path, "start"), waits)
-        assert supervise(tmp_path, [{}], *nodes, "--host", "n0")[0] == 0
-        assert waits.wait(30) == 0
+    with running(begin(run, *nodes, "--host", "n1", environment=environment)) as process:
+        until(begun, process)
+        assert supervise(run, [{}], *nodes, "--host", "n0")[0] == 0
+        yield process
+        assert process.wait(30) == 0
+
+
+def test_hosts_that_do_not_meet_learn_that_the_job_is_over(tmp_path: Path) -> None:
+    def started() -> object:
+        return (tmp_path / "supervise.jsonl").exists() and journal(tmp_path, "start")
+
+    with outlasting(tmp_path, started, NEVER_MEETS="1"):
+        pass
     assert journal(tmp_path, "after")[0]["why"] == "n0: finished"
 
 
 def test_a_host_whose_ranks_have_finished_says_so_itself(tmp_path: Path) -> None:
     """Its torchrun takes longer to end than another host's, which notes the end of the job before it."""
-    (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
-    nodes = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
-    environment = {"ENDS_WITH": str(tmp_path / "end"), "LAST_WORDS": "100"}
-    with running(begin(tmp_path, *nodes, "--host", "n1", environment=environment)) as slow:
-        until(lambda: notes(tmp_path), slow)
-        assert supervise(tmp_path, [{}], *nodes, "--host", "n0")[0] == 0
+    with outlasting(tmp_path, lambda: notes(tmp_path), ENDS_WITH=str(tmp_path / "end"), LAST_WORDS="100"):
         time.sleep(LOOK_AROUND + 0.5)  # it sees the note, and leaves its torchrun alone
         (tmp_path / "end").touch()
-        assert slow.wait(30) == 0
     said = [(end["host"], end["code"], end["decision"], end["why"]) for end in journal(tmp_path, "end")]
     assert said == [("n0", 0, "stop", "finished"), ("n1", 0, "stop", "finished")]
     assert journal(tmp_path, "after") == []
@@ -334,13 +341,8 @@ def test_a_signal_after_the_ranks_have_finished(tmp_path: Path) -> None:
 
 
 def test_a_torchrun_that_never_ends_is_ended_once_the_job_is_over(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text('[{"*": "exit 0"}]')
-    nodes = ["--nnodes", "1:2", "--rdzv-endpoint", "x:1"]
-    environment = {"ENDS_WITH": str(tmp_path / "never"), "LAST_WORDS": "1"}
-    with running(begin(tmp_path, *nodes, "--host", "n1", environment=environment)) as stuck:
-        until(lambda: notes(tmp_path), stuck)
-        assert supervise(tmp_path, [{}], *nodes, "--host", "n0")[0] == 0
-        assert stuck.wait(30) == 0
+    with outlasting(tmp_path, lambda: notes(tmp_path), ENDS_WITH=str(tmp_path / "never"), LAST_WORDS="1"):
+        pass
     assert journal(tmp_path, "after")[0]["why"] == "n0: finished"
 
 

@@ -147,17 +147,16 @@ def same_iterations(rank: int, world: int, size: int, count: int) -> dict[str, A
         dist.all_reduce(x)
         around.append(time.perf_counter())
 
-    with Stop():
-        host_clock(call)(3)
-        dist.barrier()
-        ends = host_clock(call)(count + 1)  # the first one brings ranks into step
-        ours = increments(ends)[1:]
-        bare = [1e6 * (end - start) for start, end in pairwise(around[-1 - count :])]
-        nothing = host_clock(lambda: None)
-        added = min(nothing(1000)[-1] / 1000 for _ in range(20))
-        # The median: where the process is stopped between the two looks at the clock, one iteration differs, and the next.
-        apart = statistics.median(abs(one - other) for one, other in zip(ours, bare, strict=True))
-        return {"apart": apart, "bare": statistics.fmean(bare), "added": added}
+    host_clock(call)(3)
+    dist.barrier()
+    ends = host_clock(call)(count + 1)  # the first one brings ranks into step
+    ours = increments(ends)[1:]
+    bare = [1e6 * (end - start) for start, end in pairwise(around[-1 - count :])]
+    nothing = host_clock(lambda: None)
+    added = min(nothing(1000)[-1] / 1000 for _ in range(20))
+    # The median: where the process is stopped between the two looks at the clock, one iteration differs, and the next.
+    apart = statistics.median(abs(one - other) for one, other in zip(ours, bare, strict=True))
+    return {"apart": apart, "bare": statistics.fmean(bare), "added": added}
 
 
 def against_bare(rank: int, world: int, sizes: list[int], seconds: float) -> list[dict[str, Any]]:
